@@ -1,0 +1,402 @@
+/**
+ * A least-recently-used map, bounded by entries and by bytes, with a soft and a hard time to live.
+ *
+ * An entry is a slot number. What a hit needs of a slot is one record of 32 bytes, half a cache line, in a typed
+ * array that is seen as floats for the times and as words for the links:
+ *
+ *     soft until | hard until | previous, next | hash, chain
+ *
+ * `previous` and `next` are the recency list, through slot 0 as its sentinel: the sentinel's `next` is the most
+ * recent entry and its `previous` the least recent. `chain` links the slots of one bucket of the hash index; 0 ends it.
+ *
+ * The index is our own rather than a `Map` because it measures better (`bench/micro/lru.ts`): a `Map` needs
+ * several times the bytes, each eviction makes it read the evicted key and leave a hole behind, and the holes
+ * are removed all at once, in a pause. Its hash takes a secret seed and a secret multiplier, so that nobody who
+ * chooses keys can choose collisions.
+ *
+ * Nothing here awaits, and a hit allocates nothing.
+ */
+
+export interface LruOptions {
+  /** A whole number from 1 to 100,000,000. Memory is taken as entries come, not in advance. */
+  readonly maxEntries: number
+  /** The most that the costs of all entries may sum up to; at least 1. Default: no bound. */
+  readonly maxBytes?: number
+  /** Milliseconds of a monotonic clock. */
+  readonly now: () => number
+  /** 0 up to 1; makes the hash secret. Default `Math.random`. */
+  readonly random?: () => number
+}
+
+/** Cumulative since construction, but for `entries` and `bytes`. */
+export interface LruStats {
+  readonly hits: number
+  /** Reads that found nothing, or found an entry past its hard TTL. */
+  readonly misses: number
+  /** Keys that were added. Always `entries` + `evictions` + `expirations` + `deletions`. */
+  readonly insertions: number
+  /** By the bound that asked for room. An entry that is replaced by one too large to store counts as `bytes`. */
+  readonly evictions: { readonly entries: number; readonly bytes: number }
+  /** Entries that a read found past their hard TTL. */
+  readonly expirations: number
+  /** By `delete` and `clear`. */
+  readonly deletions: number
+  /** Entries held now; those past their hard TTL that nobody has read since are among them. */
+  readonly entries: number
+  readonly bytes: number
+}
+
+/** All that is known of one entry. */
+export interface LruEntry<V> {
+  readonly value: V
+  readonly cost: number
+  readonly softUntilMs: number
+  readonly hardUntilMs: number
+}
+
+// The record of a slot, in 4-byte words from `slot * WORDS`, and in 8-byte floats from `slot * FLOATS`.
+const WORDS = 8
+const PREVIOUS = 4
+const NEXT = 5
+const HASH = 6
+const CHAIN = 7
+const FLOATS = 4
+const SOFT_UNTIL = 0
+const HARD_UNTIL = 1
+
+/** The sentinel of the list; in a bucket or a chain it means "none". */
+const NONE = 0
+const FIRST_CAPACITY = 16
+const MAX_ENTRIES = 100_000_000
+/** What a cell of the typed array of costs can hold. */
+const MAX_COST = 0xffff_ffff
+
+// Slots come from the index and from links, which hold valid slots only: reads of the typed arrays are in bounds,
+// which is what `as number` says below.
+export class Lru<V> {
+  readonly maxEntries: number
+  readonly maxBytes: number
+  /** Whether what the last `get` or `peek` returned was past its soft TTL. Look before the next call. */
+  stale = false
+
+  readonly #now: () => number
+  readonly #seed: number
+  readonly #multiplier: number
+
+  #capacity = 0
+  #words = new Uint32Array()
+  #floats = new Float64Array()
+  #costs = new Uint32Array()
+  /** Slot numbers; the length is a power of two. */
+  #buckets = new Uint32Array()
+  #keys: string[] = []
+  #values: (V | undefined)[] = []
+  /** The first of the slots that were given back, linked through `next`. */
+  #free = NONE
+
+  #size = 0
+  #bytes = 0
+  #hits = 0
+  #misses = 0
+  #insertions = 0
+  #evictedForEntries = 0
+  #evictedForBytes = 0
+  #expirations = 0
+  #deletions = 0
+
+  /** Throws a `RangeError` for bounds that are not positive. */
+  constructor(options: LruOptions) {
+    const { maxEntries, maxBytes = Number.POSITIVE_INFINITY, now, random = Math.random } = options
+    if (!Number.isInteger(maxEntries) || maxEntries < 1 || maxEntries > MAX_ENTRIES) {
+      throw new RangeError(`maxEntries should be a whole number from 1 to ${MAX_ENTRIES}, got ${maxEntries}`)
+    }
+    if (!(maxBytes >= 1)) throw new RangeError(`maxBytes should be at least 1, got ${maxBytes}`)
+    this.maxEntries = maxEntries
+    this.maxBytes = maxBytes
+    this.#now = now
+    this.#seed = Math.floor(random() * 2 ** 30)
+    // Odd, so that multiplying loses nothing.
+    this.#multiplier = Math.floor(random() * 2 ** 30) * 2 + 1
+    this.#reset()
+  }
+
+  get size(): number {
+    return this.#size
+  }
+
+  /**
+   * The value, which becomes the most recent one; `stale` says whether its soft TTL is over. `undefined` is a miss.
+   * An entry past its hard TTL is removed, and is a miss.
+   */
+  get(key: string): V | undefined {
+    const slot = this.#find(key, this.#hash(key))
+    if (slot === NONE) {
+      this.#misses += 1
+      return undefined
+    }
+    const nowMs = this.#now()
+    const floats = this.#floats
+    if (nowMs >= (floats[slot * FLOATS + HARD_UNTIL] as number)) {
+      this.#remove(slot)
+      this.#expirations += 1
+      this.#misses += 1
+      return undefined
+    }
+    this.#hits += 1
+    this.stale = nowMs >= (floats[slot * FLOATS + SOFT_UNTIL] as number)
+    this.#touch(slot)
+    return this.#values[slot]
+  }
+
+  /** As `get`, but changes neither the order nor the statistics, and removes nothing. */
+  peek(key: string): V | undefined {
+    const slot = this.#findLiving(key)
+    if (slot === NONE) return undefined
+    this.stale = this.#now() >= (this.#floats[slot * FLOATS + SOFT_UNTIL] as number)
+    return this.#values[slot]
+  }
+
+  /** As `peek`: touches nothing. */
+  has(key: string): boolean {
+    return this.#findLiving(key) !== NONE
+  }
+
+  /** As `peek`: touches nothing. */
+  inspect(key: string): LruEntry<V> | undefined {
+    const slot = this.#findLiving(key)
+    if (slot === NONE) return undefined
+    return {
+      value: this.#values[slot] as V,
+      cost: this.#costs[slot] as number,
+      softUntilMs: this.#floats[slot * FLOATS + SOFT_UNTIL] as number,
+      hardUntilMs: this.#floats[slot * FLOATS + HARD_UNTIL] as number,
+    }
+  }
+
+  /**
+   * Stores a value (not `undefined`) as the most recent one, in place of an older one, and evicts from the least recent
+   * end until both bounds hold. A value that costs more than `maxBytes` is not stored, the older one goes, and
+   * the answer is false. The times are of the injected clock; without them an entry does not age.
+   * Throws a `RangeError` for a cost that is not a whole number of bytes.
+   */
+  set(
+    key: string,
+    value: V,
+    cost: number,
+    softUntilMs = Number.POSITIVE_INFINITY,
+    hardUntilMs = Number.POSITIVE_INFINITY,
+  ): boolean {
+    const hash = this.#hash(key)
+    let slot = this.#find(key, hash)
+    if (cost > this.maxBytes || cost > MAX_COST) {
+      if (slot !== NONE) {
+        this.#remove(slot)
+        this.#evictedForBytes += 1
+      }
+      return false
+    }
+    if (cost !== cost >>> 0) throw new RangeError(`cost should be a whole number of bytes, got ${cost}`)
+
+    if (slot === NONE) {
+      if (this.#size === this.maxEntries && this.#evict()) this.#evictedForEntries += 1
+      slot = this.#insert(key, hash)
+      this.#insertions += 1
+    } else {
+      this.#bytes -= this.#costs[slot] as number
+      this.#touch(slot)
+    }
+    // The entry itself is the most recent one and fits alone, so the eviction never reaches it.
+    this.#costs[slot] = 0
+    while (this.#bytes + cost > this.maxBytes && this.#evict()) this.#evictedForBytes += 1
+    this.#bytes += cost
+    this.#costs[slot] = cost
+    this.#values[slot] = value
+    this.#floats[slot * FLOATS + SOFT_UNTIL] = softUntilMs
+    this.#floats[slot * FLOATS + HARD_UNTIL] = hardUntilMs
+    return true
+  }
+
+  /** Puts another value of the same cost and times into an entry that is there; false if none is. Touches nothing. */
+  replace(key: string, value: V): boolean {
+    const slot = this.#findLiving(key)
+    if (slot === NONE) return false
+    this.#values[slot] = value
+    return true
+  }
+
+  /** Whether there was an entry to delete. One that is gone already is fine. */
+  delete(key: string): boolean {
+    const slot = this.#find(key, this.#hash(key))
+    if (slot === NONE) return false
+    this.#remove(slot)
+    this.#deletions += 1
+    return true
+  }
+
+  /** Deletes every entry and gives the memory back. */
+  clear(): void {
+    this.#deletions += this.#size
+    this.#reset()
+  }
+
+  /** What is held now, from most to least recent, without entries past their hard TTL. A copy; touches nothing. */
+  entries(): [key: string, value: V][] {
+    const nowMs = this.#now()
+    const entries: [string, V][] = []
+    for (
+      let slot = this.#words[NEXT] as number;
+      slot !== NONE;
+      slot = this.#words[slot * WORDS + NEXT] as number
+    ) {
+      if (nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) continue
+      entries.push([this.#keys[slot] as string, this.#values[slot] as V])
+    }
+    return entries
+  }
+
+  stats(): LruStats {
+    return {
+      hits: this.#hits,
+      misses: this.#misses,
+      insertions: this.#insertions,
+      evictions: { entries: this.#evictedForEntries, bytes: this.#evictedForBytes },
+      expirations: this.#expirations,
+      deletions: this.#deletions,
+      entries: this.#size,
+      bytes: this.#bytes,
+    }
+  }
+
+  /** Mixes after every unit, so that no two keys collide for all seeds. 30 bits are a small integer in every engine. */
+  #hash(key: string): number {
+    const multiplier = this.#multiplier
+    let hash = this.#seed
+    for (let at = 0; at < key.length; at += 1) {
+      hash = Math.imul(hash ^ key.charCodeAt(at), multiplier)
+      hash ^= hash >>> 15
+    }
+    return hash & 0x3fff_ffff
+  }
+
+  #find(key: string, hash: number): number {
+    const words = this.#words
+    const buckets = this.#buckets
+    let slot = buckets[hash & (buckets.length - 1)] as number
+    while (slot !== NONE && (words[slot * WORDS + HASH] !== hash || this.#keys[slot] !== key)) {
+      slot = words[slot * WORDS + CHAIN] as number
+    }
+    return slot
+  }
+
+  #findLiving(key: string): number {
+    const slot = this.#find(key, this.#hash(key))
+    if (slot === NONE) return NONE
+    return this.#now() >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number) ? NONE : slot
+  }
+
+  /** Makes a slot the most recent one. */
+  #touch(slot: number): void {
+    if (this.#words[NEXT] === slot) return
+    this.#unlink(slot)
+    this.#linkFirst(slot)
+  }
+
+  #unlink(slot: number): void {
+    const words = this.#words
+    const previous = words[slot * WORDS + PREVIOUS] as number
+    const next = words[slot * WORDS + NEXT] as number
+    words[previous * WORDS + NEXT] = next
+    words[next * WORDS + PREVIOUS] = previous
+  }
+
+  #linkFirst(slot: number): void {
+    const words = this.#words
+    const first = words[NEXT] as number
+    words[slot * WORDS + NEXT] = first
+    words[slot * WORDS + PREVIOUS] = NONE
+    words[first * WORDS + PREVIOUS] = slot
+    words[NEXT] = slot
+  }
+
+  /** Links a slot for a key that has none. There is room: fewer than `maxEntries` are held. */
+  #insert(key: string, hash: number): number {
+    let slot = this.#free
+    if (slot !== NONE) {
+      this.#free = this.#words[slot * WORDS + NEXT] as number
+      this.#keys[slot] = key
+    } else {
+      if (this.#size === this.#capacity) this.#grow()
+      slot = this.#keys.push(key) - 1
+      this.#values.push(undefined)
+    }
+    this.#words[slot * WORDS + HASH] = hash
+    this.#chain(slot, hash)
+    this.#linkFirst(slot)
+    this.#size += 1
+    return slot
+  }
+
+  /** Removes the least recent entry; false if there is none. */
+  #evict(): boolean {
+    const last = this.#words[PREVIOUS] as number
+    if (last === NONE) return false
+    this.#remove(last)
+    return true
+  }
+
+  #remove(slot: number): void {
+    this.#unchain(slot)
+    this.#unlink(slot)
+    this.#bytes -= this.#costs[slot] as number
+    this.#size -= 1
+    this.#keys[slot] = ''
+    this.#values[slot] = undefined
+    this.#words[slot * WORDS + NEXT] = this.#free
+    this.#free = slot
+  }
+
+  #chain(slot: number, hash: number): void {
+    const bucket = hash & (this.#buckets.length - 1)
+    this.#words[slot * WORDS + CHAIN] = this.#buckets[bucket] as number
+    this.#buckets[bucket] = slot
+  }
+
+  #unchain(slot: number): void {
+    const words = this.#words
+    const bucket = (words[slot * WORDS + HASH] as number) & (this.#buckets.length - 1)
+    const rest = words[slot * WORDS + CHAIN] as number
+    let at = this.#buckets[bucket] as number
+    if (at === slot) {
+      this.#buckets[bucket] = rest
+      return
+    }
+    while (words[at * WORDS + CHAIN] !== slot) at = words[at * WORDS + CHAIN] as number
+    words[at * WORDS + CHAIN] = rest
+  }
+
+  /** Doubles the slots. Every slot is in use, so all are chained anew. */
+  #grow(): void {
+    const { words, costs } = { words: this.#words, costs: this.#costs }
+    this.#allocate(Math.min(this.#capacity * 2, this.maxEntries))
+    this.#words.set(words)
+    this.#costs.set(costs)
+    for (let slot = 1; slot <= this.#size; slot += 1) this.#chain(slot, words[slot * WORDS + HASH] as number)
+  }
+
+  #reset(): void {
+    this.#allocate(Math.min(FIRST_CAPACITY, this.maxEntries))
+    this.#keys = ['']
+    this.#values = [undefined]
+    this.#free = NONE
+    this.#size = 0
+    this.#bytes = 0
+  }
+
+  #allocate(capacity: number): void {
+    this.#capacity = capacity
+    this.#words = new Uint32Array((capacity + 1) * WORDS)
+    this.#floats = new Float64Array(this.#words.buffer)
+    this.#costs = new Uint32Array(capacity + 1)
+    this.#buckets = new Uint32Array(2 ** Math.ceil(Math.log2(capacity)))
+  }
+}

@@ -1,0 +1,260 @@
+/** The LRU against a reference that keeps an array in order and looks through all of it every time. */
+import assert from 'node:assert/strict'
+import fc from 'fast-check'
+import { describe, test } from 'vitest'
+import { Lru, type LruStats } from '../../src/tiers/lru.ts'
+import { seed } from '../support/seed.ts'
+
+interface Held {
+  readonly key: string
+  readonly value: number
+  readonly cost: number
+  readonly softUntilMs: number
+  readonly hardUntilMs: number
+}
+
+class Reference {
+  /** From most to least recent. */
+  held: Held[] = []
+  nowMs = 0
+  hits = 0
+  misses = 0
+  insertions = 0
+  evictedForEntries = 0
+  evictedForBytes = 0
+  expirations = 0
+  deletions = 0
+  readonly maxEntries: number
+  readonly maxBytes: number
+
+  constructor(maxEntries: number, maxBytes: number) {
+    this.maxEntries = maxEntries
+    this.maxBytes = maxBytes
+  }
+
+  get bytes(): number {
+    return this.held.reduce((sum, { cost }) => sum + cost, 0)
+  }
+
+  living(key: string): Held | undefined {
+    return this.held.find((entry) => entry.key === key && this.nowMs < entry.hardUntilMs)
+  }
+
+  take(key: string): Held | undefined {
+    const found = this.held.find((entry) => entry.key === key)
+    this.held = this.held.filter((entry) => entry !== found)
+    return found
+  }
+
+  get(key: string): Held | undefined {
+    const entry = this.take(key)
+    if (entry !== undefined && this.nowMs < entry.hardUntilMs) {
+      this.hits += 1
+      this.held.unshift(entry)
+      return entry
+    }
+    this.misses += 1
+    if (entry !== undefined) this.expirations += 1
+    return undefined
+  }
+
+  set(entry: Held): boolean {
+    const older = this.take(entry.key)
+    if (entry.cost > this.maxBytes) {
+      if (older !== undefined) this.evictedForBytes += 1
+      return false
+    }
+    if (older === undefined) this.insertions += 1
+    if (this.held.length === this.maxEntries) {
+      this.held.pop()
+      this.evictedForEntries += 1
+    }
+    while (this.bytes + entry.cost > this.maxBytes) {
+      this.held.pop()
+      this.evictedForBytes += 1
+    }
+    this.held.unshift(entry)
+    return true
+  }
+
+  delete(key: string): boolean {
+    const found = this.take(key) !== undefined
+    if (found) this.deletions += 1
+    return found
+  }
+
+  stats(): LruStats {
+    return {
+      hits: this.hits,
+      misses: this.misses,
+      insertions: this.insertions,
+      evictions: { entries: this.evictedForEntries, bytes: this.evictedForBytes },
+      expirations: this.expirations,
+      deletions: this.deletions,
+      entries: this.held.length,
+      bytes: this.bytes,
+    }
+  }
+}
+
+interface Real {
+  readonly lru: Lru<number>
+  readonly clock: { ms: number }
+}
+
+/** Compares everything that can be seen, after every command. */
+function agree(model: Reference, { lru }: Real): void {
+  const living = model.held.filter(({ hardUntilMs }) => model.nowMs < hardUntilMs)
+  assert.deepEqual(
+    lru.entries(),
+    living.map(({ key, value }) => [key, value]),
+  )
+  const stats = lru.stats()
+  assert.deepEqual(stats, model.stats())
+  const { entries, evictions, expirations, deletions } = stats
+  assert.equal(stats.insertions, entries + evictions.entries + evictions.bytes + expirations + deletions)
+  assert.ok(entries <= lru.maxEntries)
+  assert.ok(stats.bytes <= lru.maxBytes)
+}
+
+class Step implements fc.Command<Reference, Real> {
+  readonly #name: string
+  readonly #run: (model: Reference, real: Real) => void
+
+  constructor(name: string, run: (model: Reference, real: Real) => void) {
+    this.#name = name
+    this.#run = run
+  }
+
+  check(): boolean {
+    return true
+  }
+
+  run(model: Reference, real: Real): void {
+    this.#run(model, real)
+    agree(model, real)
+  }
+
+  toString(): string {
+    return this.#name
+  }
+}
+
+const get = (key: string) =>
+  new Step(`get(${key})`, (model, { lru }) => {
+    const expected = model.get(key)
+    assert.equal(lru.get(key), expected?.value)
+    if (expected !== undefined) assert.equal(lru.stale, model.nowMs >= expected.softUntilMs)
+  })
+
+const look = (key: string) =>
+  new Step(`look(${key})`, (model, { lru }) => {
+    const expected = model.living(key)
+    assert.equal(lru.has(key), expected !== undefined)
+    assert.equal(lru.peek(key), expected?.value)
+    if (expected !== undefined) assert.equal(lru.stale, model.nowMs >= expected.softUntilMs)
+    const { key: _, ...inspected } = expected ?? {}
+    assert.deepEqual(lru.inspect(key), expected === undefined ? undefined : inspected)
+  })
+
+const set = (key: string, value: number, cost: number, softMs: number, hardMs: number) =>
+  new Step(`set(${key}, ${value}, ${cost} B, ${softMs} ms, ${hardMs} ms)`, (model, { lru }) => {
+    const [softUntilMs, hardUntilMs] = [model.nowMs + softMs, model.nowMs + hardMs]
+    const stored = model.set({ key, value, cost, softUntilMs, hardUntilMs })
+    assert.equal(lru.set(key, value, cost, softUntilMs, hardUntilMs), stored)
+  })
+
+const replace = (key: string, value: number) =>
+  new Step(`replace(${key}, ${value})`, (model, { lru }) => {
+    const found = model.living(key)
+    model.held = model.held.map((entry) => (entry === found ? { ...entry, value } : entry))
+    assert.equal(lru.replace(key, value), found !== undefined)
+  })
+
+const remove = (key: string) =>
+  new Step(`delete(${key})`, (model, { lru }) => {
+    assert.equal(lru.delete(key), model.delete(key))
+  })
+
+const clear = () =>
+  new Step('clear()', (model, { lru }) => {
+    model.deletions += model.held.length
+    model.held = []
+    lru.clear()
+  })
+
+const wait = (ms: number) =>
+  new Step(`wait(${ms})`, (model, { clock }) => {
+    model.nowMs += ms
+    clock.ms = model.nowMs
+  })
+
+const FEW_KEYS = fc.constantFrom('a', 'b', 'c', 'd', '', '__proto__', 'constructor', '🛒')
+const MANY_KEYS = fc.integer({ min: 0, max: 79 }).map((key) => `key-${key}`)
+
+function commandsOver(keys: fc.Arbitrary<string>, maxCommands: number) {
+  const sets = fc
+    .tuple(keys, fc.nat(999), fc.integer({ min: 0, max: 12 }), fc.nat(10), fc.nat(20))
+    .map((args) => set(...args))
+  const gets = keys.map(get)
+  const replaces = fc.tuple(keys, fc.nat(999)).map((args) => replace(...args))
+  // What is listed twice comes twice as often.
+  return fc.commands(
+    [
+      sets,
+      sets,
+      gets,
+      gets,
+      keys.map(look),
+      keys.map(remove),
+      replaces,
+      fc.nat(6).map(wait),
+      fc.constant(clear()),
+    ],
+    { maxCommands, size: 'max' },
+  )
+}
+
+function runBoth(
+  maxEntries: number,
+  maxBytes: number,
+  draw: number,
+  steps: Iterable<fc.Command<Reference, Real>>,
+): void {
+  const clock = { ms: 0 }
+  const lru = new Lru<number>({ maxEntries, maxBytes, now: () => clock.ms, random: () => draw })
+  fc.modelRun(() => ({ model: new Reference(maxEntries, maxBytes), real: { lru, clock } }), steps)
+}
+
+/** What the hash draws its secrets from; 0 makes the worst hash, in which keys share buckets. */
+const DRAWS = fc.constantFrom(0, 0.37, 0.999)
+
+describe('the LRU and a naive reference', () => {
+  test('agree after every command, over 10,000 short sequences with tight bounds', {
+    timeout: 60_000,
+  }, () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 6 }),
+        fc.integer({ min: 1, max: 30 }),
+        DRAWS,
+        commandsOver(FEW_KEYS, 24),
+        runBoth,
+      ),
+      { seed, numRuns: 10_000 },
+    )
+  })
+
+  test('agree after every command, over long sequences that make the LRU grow', { timeout: 60_000 }, () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 17, max: 70 }),
+        fc.integer({ min: 100, max: 500 }),
+        DRAWS,
+        commandsOver(MANY_KEYS, 400),
+        runBoth,
+      ),
+      { seed, numRuns: 100 },
+    )
+  })
+})

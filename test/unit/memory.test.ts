@@ -1,0 +1,206 @@
+import fc from 'fast-check'
+import { describe, expect, test } from 'vitest'
+import { MemoryTier, type MemoryTierOptions } from '../../src/tiers/memory.ts'
+import type { Copy } from '../../src/tiers/tier.ts'
+import { seed } from '../support/seed.ts'
+
+const MAX_STALE_MS = 1_000
+
+function tierAt(clock: { ms: number }, options: Partial<MemoryTierOptions> = {}): MemoryTier {
+  return new MemoryTier({
+    maxEntries: 10,
+    maxBytes: 2 ** 20,
+    maxStaleMs: MAX_STALE_MS,
+    now: () => clock.ms,
+    ...options,
+  })
+}
+
+function copyOf(id: string, changes: Partial<Copy> = {}): Copy {
+  return {
+    id,
+    asOf: 1,
+    bytes: new Uint8Array([1, 2, 3]),
+    revision: 1,
+    tags: [],
+    verifiedAtMs: 0,
+    freshUntilMs: 100,
+    ...changes,
+  }
+}
+
+describe('reads', () => {
+  test('a hit is the copy itself, synchronously, and counts', () => {
+    const tier = tierAt({ ms: 0 })
+    const copy = copyOf('a')
+    tier.set('t', copy)
+    expect(tier.get('t', 'a')).toBe(copy)
+    expect(tier.get('t', 'b')).toBeUndefined()
+    expect(tier.stats()).toMatchObject({ hits: 1, misses: 1, entries: 1 })
+  })
+
+  test('a copy past its freshness is still answered, and dropped once maxStaleMs have passed since its SELECT', () => {
+    const clock = { ms: 0 }
+    const tier = tierAt(clock)
+    tier.set('t', copyOf('a', { verifiedAtMs: -300, freshUntilMs: 100 }))
+    clock.ms = MAX_STALE_MS - 301
+    expect(tier.get('t', 'a')).toBeDefined()
+    clock.ms = MAX_STALE_MS - 300
+    expect(tier.peek('t', 'a')).toBeUndefined()
+    expect(tier.get('t', 'a')).toBeUndefined()
+    expect(tier.stats()).toMatchObject({ expirations: 1, entries: 0, bytes: 0 })
+  })
+
+  test('only real reads touch recency: looking, inspecting and stamping do not', async () => {
+    const tier = tierAt({ ms: 0 }, { maxEntries: 2 })
+    tier.set('t', copyOf('a'))
+    tier.set('t', copyOf('b'))
+    const before = tier.stats()
+    tier.peek('t', 'a')
+    await tier.inspect('t', 'a')
+    expect(tier.restamp('t', 'a', 5)).toBe(true)
+    expect(tier.stats()).toEqual(before)
+    tier.set('t', copyOf('c'))
+    expect(tier.peek('t', 'a')).toBeUndefined()
+
+    await tier.read('t', ['b'])
+    tier.set('t', copyOf('d'))
+    expect(tier.peek('t', 'b')).toBeDefined()
+    expect(tier.peek('t', 'c')).toBeUndefined()
+  })
+
+  test('an inspection tells age, remaining time, size and tags by the injected clock', async () => {
+    const clock = { ms: 0 }
+    const tier = tierAt(clock)
+    tier.set('t', copyOf('a', { verifiedAtMs: -10, tags: ['fruit'], asOf: 9 }))
+    clock.ms = 40
+    expect(await tier.inspect('t', 'a')).toEqual({
+      present: true,
+      negative: false,
+      asOf: 9,
+      ageMs: 50,
+      ttlMs: MAX_STALE_MS - 50,
+      sizeBytes: tier.stats().bytes,
+      tags: ['fruit'],
+    })
+    clock.ms = MAX_STALE_MS
+    expect(await tier.inspect('t', 'a')).toEqual({ present: false })
+  })
+})
+
+describe('changes', () => {
+  test('an older copy is refused, unless the newer one has outlived its time', () => {
+    const clock = { ms: 0 }
+    const tier = tierAt(clock)
+    expect(tier.set('t', copyOf('a', { asOf: 5 }))).toBe(true)
+    expect(tier.set('t', copyOf('a', { asOf: 4 }))).toBe(false)
+    expect(tier.set('t', copyOf('a', { asOf: 5, revision: 2 }))).toBe(true)
+    expect(tier.peek('t', 'a')?.revision).toBe(2)
+    clock.ms = MAX_STALE_MS
+    expect(tier.set('t', copyOf('a', { asOf: 4, verifiedAtMs: clock.ms }))).toBe(true)
+  })
+
+  test('stamping raises the as-of and nothing else, and never lowers it', () => {
+    const tier = tierAt({ ms: 0 })
+    const copy = copyOf('a', { asOf: 5, tags: ['fruit'] })
+    tier.set('t', copy)
+    const { bytes } = tier.stats()
+    expect(tier.restamp('t', 'a', 8)).toBe(true)
+    expect(tier.peek('t', 'a')).toEqual({ ...copy, asOf: 8 })
+    expect(copy.asOf).toBe(5)
+    expect(tier.restamp('t', 'a', 8)).toBe(false)
+    expect(tier.restamp('t', 'a', 7)).toBe(false)
+    expect(tier.peek('t', 'a')?.asOf).toBe(8)
+    expect(tier.stats().bytes).toBe(bytes)
+    expect(tier.set('t', copyOf('a', { asOf: 7 }))).toBe(false)
+    expect(tier.restamp('t', 'gone', 9)).toBe(false)
+    expect(tier.peek('t', 'gone')).toBeUndefined()
+  })
+
+  test('deleting what is gone already, evicted or never there, is a no-op', () => {
+    const tier = tierAt({ ms: 0 }, { maxEntries: 1 })
+    tier.set('t', copyOf('a'))
+    tier.set('t', copyOf('b'))
+    expect(tier.delete('t', 'a')).toBe(false)
+    expect(tier.delete('u', 'b')).toBe(false)
+    expect(tier.delete('t', 'b')).toBe(true)
+    expect(tier.delete('t', 'b')).toBe(false)
+    expect(tier.stats()).toMatchObject({ deletions: 1, evictions: { entries: 1 }, entries: 0, bytes: 0 })
+  })
+
+  test('clearing drops the copies of all tenants', () => {
+    const tier = tierAt({ ms: 0 })
+    tier.set('t', copyOf('a'))
+    tier.set('u', copyOf('a'))
+    tier.clear()
+    expect(tier.stats()).toMatchObject({ entries: 0, bytes: 0, deletions: 2 })
+  })
+})
+
+describe('the cost of a copy', () => {
+  function costOf(tenant: string, copy: Copy): number {
+    const tier = tierAt({ ms: 0 })
+    tier.set(tenant, copy)
+    return tier.stats().bytes
+  }
+
+  test('counts every byte of the item, the tenant, the id and the tags', () => {
+    const least = costOf('t', copyOf('a'))
+    expect(costOf('t', copyOf('a', { bytes: new Uint8Array(1_003) })) - least).toBe(1_000)
+    expect(costOf('tenant', copyOf('a')) - least).toBe(5)
+    expect(costOf('t', copyOf('a🛒')) - least).toBe(4)
+    const tagged = costOf('t', copyOf('a', { tags: ['fruit'] }))
+    expect(tagged).toBeGreaterThan(least + 5)
+    expect(costOf('t', copyOf('a', { tags: ['fruits'] })) - tagged).toBe(1)
+  })
+
+  test('of an absent item is that of an entry alone, and not zero', () => {
+    const absent = costOf('t', copyOf('a', { bytes: undefined }))
+    expect(absent).toBeGreaterThan(100)
+    expect(absent).toBeLessThan(costOf('t', copyOf('a', { bytes: new Uint8Array() })))
+  })
+
+  test('bounds what is held', () => {
+    const tier = tierAt({ ms: 0 }, { maxEntries: 1_000, maxBytes: 100_000 })
+    for (let index = 0; index < 1_000; index += 1) {
+      tier.set('t', copyOf(`item-${index}`, { bytes: new Uint8Array(1_000) }))
+      expect(tier.stats().bytes).toBeLessThanOrEqual(100_000)
+    }
+    const { entries, evictions } = tier.stats()
+    expect(entries).toBeGreaterThan(40)
+    expect(evictions).toEqual({ entries: 0, bytes: 1_000 - entries })
+    expect(tier.set('t', copyOf('huge', { bytes: new Uint8Array(100_000) }))).toBe(false)
+    expect(tier.stats().entries).toBe(entries)
+  })
+
+  test('does not hide a larger buffer behind a small item', () => {
+    const tier = tierAt({ ms: 0 })
+    const chunk = new Uint8Array(65_536).fill(7)
+    tier.set('t', copyOf('a', { bytes: chunk.subarray(10, 13) }))
+    const bytes = tier.peek('t', 'a')?.bytes
+    expect(bytes).toEqual(new Uint8Array([7, 7, 7]))
+    expect(bytes?.buffer.byteLength).toBe(3)
+  })
+})
+
+test('no two pairs of tenant and id share a copy, whatever characters they have', () => {
+  const text = fc.oneof(
+    fc.string({ unit: 'grapheme', maxLength: 6 }),
+    fc.string({ unit: fc.constantFrom('1', '2', ':', 'a', '\u0000', '🛒'), maxLength: 4 }),
+  )
+  fc.assert(
+    fc.property(fc.tuple(text, text), fc.tuple(text, text), ([tenant, id], [otherTenant, otherId]) => {
+      const tier = tierAt({ ms: 0 })
+      tier.set(tenant, copyOf(id, { asOf: 1 }))
+      const same = tenant === otherTenant && id === otherId
+      expect(tier.peek(otherTenant, otherId) !== undefined).toBe(same)
+      // The most confusable pair of all: the same text, cut elsewhere.
+      const joined = `${tenant}${id}`
+      for (let cut = 0; cut <= joined.length; cut += 1) {
+        const found = tier.peek(joined.slice(0, cut), joined.slice(cut)) !== undefined
+        expect(found).toBe(cut === tenant.length)
+      }
+    }),
+    { seed, numRuns: 2_000 },
+  )
+})
