@@ -1,0 +1,375 @@
+/**
+ * Subscriptions: the log of a tenant as streams, one for each watcher.
+ *
+ * A watcher is a **cursor**, never a queue: it is asked for its next message only when it has taken the last one. While
+ * it keeps up it is served from the tenant's **ring** of newest rows; when it falls behind the ring, from
+ * PostgreSQL; and what PostgreSQL no longer holds it is told of as a **gap**. So a watcher that never reads
+ * costs what its cursor costs.
+ *
+ * What a watcher may rely on: `started` comes first; revisions come in order, each once, a row never split; a heartbeat
+ * proves that everything up to its revision has been sent, and comes only while this instance itself has heard of
+ * the log; `gap` names every revision that is left out; `resumeAfter` continues exactly after a revision, on
+ * whichever instance.
+ */
+import { Semaphore } from 'async-mutex'
+import { ItemCacheError } from '../errors.ts'
+import type { Metrics } from '../observe/metrics.ts'
+import type { LogEntry, LogSource, Revision } from '../tiers/tier.ts'
+import { aheadOfLog, type Follower, type Tail } from './tail.ts'
+import type { View } from './view.ts'
+
+/** What a watcher wants. Durations in milliseconds. */
+export interface WatchRequest {
+  readonly tenant: string
+  /** Continue after this revision; `undefined`: start now. */
+  readonly resumeAfter: Revision | undefined
+  /** Only rows that may concern one of these; both empty: all rows. */
+  readonly ids: ReadonlySet<string>
+  readonly tags: ReadonlySet<string>
+  readonly heartbeatMs: number
+  /** How long rows may wait for others to be sent with. */
+  readonly maxBatchDelayMs: number
+  /** Leave out what this writer wrote; `undefined`: leave out nothing. */
+  readonly exceptWriter: string | undefined
+  /** What is counted against the limit per connection. */
+  readonly connection: string
+}
+
+/** One message to a watcher. */
+export type WatchMessage =
+  | {
+      readonly kind: 'started'
+      readonly position: Revision
+      readonly oldestResumable: Revision
+      readonly heartbeatMs: number
+    }
+  /** Watchers that are sent the same rows are given the same array, so that it can be encoded once. */
+  | { readonly kind: 'batch'; readonly rows: readonly LogEntry[] }
+  | { readonly kind: 'heartbeat'; readonly revision: Revision }
+  | { readonly kind: 'gap'; readonly after: Revision; readonly through: Revision }
+  | { readonly kind: 'draining'; readonly position: Revision }
+
+/** Bounds of what all watchers together may cost. */
+export interface SubscriptionLimits {
+  readonly watchersPerTenant: number
+  readonly watchersPerConnection: number
+  /** Most rows that a ring holds, and about how many bytes. There is one ring for each tenant with watchers. */
+  readonly ringRows: number
+  readonly ringBytes: number
+}
+
+/** A batch ends after the row with which it exceeds one of these. */
+const BATCH_ROWS = 500
+const BATCH_BYTES = 128 * 1024
+/** Rows that are fetched from PostgreSQL at once for a watcher that fell behind. */
+const HISTORY = { rows: 200, names: 20_000 }
+/** Before a heartbeat is tried again that could not be given. */
+const MIN_PAUSE_MS = 50
+/** Batches whose array is remembered for other watchers at the same cursor. */
+const SHARED_BATCHES = 16
+
+/** The newest rows of a tenant, without a hole. */
+class Ring {
+  /** The rows are those after this revision. */
+  base: Revision
+  readonly #rows: LogEntry[] = []
+  #bytes = 0
+  readonly #maxRows: number
+  readonly #maxBytes: number
+  readonly #batches = new Map<Revision, readonly LogEntry[]>()
+
+  constructor(base: Revision, { ringRows, ringBytes }: SubscriptionLimits) {
+    this.base = base
+    this.#maxRows = ringRows
+    this.#maxBytes = ringBytes
+  }
+
+  push(row: LogEntry): void {
+    this.#rows.push(row)
+    this.#bytes += sizeOf(row)
+    if (this.#rows.length <= this.#maxRows && this.#bytes <= this.#maxBytes) return
+    // Dropping a half at a time costs each row once.
+    let dropped = 0
+    while (2 * (this.#rows.length - dropped) > this.#maxRows || 2 * this.#bytes > this.#maxBytes) {
+      const row = this.#rows[dropped]
+      if (row === undefined) break
+      this.#bytes -= sizeOf(row)
+      this.base = row.revision
+      dropped++
+    }
+    this.#rows.splice(0, dropped)
+  }
+
+  reset(base: Revision): void {
+    this.#rows.length = 0
+    this.#bytes = 0
+    this.#batches.clear()
+    this.base = base
+  }
+
+  /** The next batch after a cursor that is not before `base`. */
+  after(cursor: Revision): readonly LogEntry[] {
+    const shared = this.#batches.get(cursor)
+    if (shared !== undefined) return shared
+    const batch = firstBatch(this.#rows, cursor - this.base)
+    if (batch.length === 0) return batch
+    this.#batches.set(cursor, batch)
+    if (this.#batches.size > SHARED_BATCHES) {
+      const [oldest] = this.#batches.keys()
+      if (oldest !== undefined) this.#batches.delete(oldest)
+    }
+    return batch
+  }
+}
+
+/** About what a row takes in memory and in a message. */
+function sizeOf(row: LogEntry): number {
+  let bytes = 64
+  for (const id of row.ids) bytes += 8 + id.length
+  for (const tag of row.tags) bytes += 8 + tag.length
+  return bytes
+}
+
+function firstBatch(rows: readonly LogEntry[], from: number): readonly LogEntry[] {
+  let bytes = 0
+  let to = from
+  while (to < rows.length && to - from < BATCH_ROWS && bytes < BATCH_BYTES) {
+    const row = rows[to]
+    if (row === undefined) break
+    bytes += sizeOf(row)
+    to++
+  }
+  return rows.slice(from, to)
+}
+
+interface Watched {
+  readonly ring: Ring
+  watchers: number
+  /** Asked by watchers that began while it was under way. */
+  bounds: ReturnType<LogSource['bounds']> | undefined
+  readonly sleeping: Set<() => void>
+}
+
+export class Subscriptions implements Follower {
+  readonly #tail: Tail
+  readonly #source: LogSource
+  readonly #metrics: Metrics
+  readonly #limits: SubscriptionLimits
+  readonly #tenants = new Map<string, Watched>()
+  readonly #connections = new Map<string, number>()
+  /** Watchers that fell behind take turns, so that the tail need not wait for them. */
+  readonly #history = new Semaphore(1)
+
+  constructor(parts: { tail: Tail; source: LogSource; metrics: Metrics; limits: SubscriptionLimits }) {
+    this.#tail = parts.tail
+    this.#source = parts.source
+    this.#metrics = parts.metrics
+    this.#limits = parts.limits
+    this.#tail.follow(this)
+  }
+
+  applied(tenant: string, row: LogEntry): void {
+    const watched = this.#tenants.get(tenant)
+    if (watched === undefined) return
+    watched.ring.push(row)
+    this.#wake(watched)
+  }
+
+  jumped(tenant: string, through: Revision): void {
+    const watched = this.#tenants.get(tenant)
+    if (watched === undefined) return
+    watched.ring.reset(through)
+    this.#wake(watched)
+  }
+
+  needs(tenant: string): boolean {
+    return this.#tenants.has(tenant)
+  }
+
+  /**
+   * The tenant's log as messages, until the consumer breaks off or the signal aborts (when the server drains: after a
+   * last `draining`). Throws `ahead-of-log`, `exhausted`, `unavailable`.
+   */
+  async *watch(
+    request: WatchRequest,
+    signal: AbortSignal,
+    draining: AbortSignal,
+  ): AsyncGenerator<WatchMessage> {
+    const { tenant, connection } = request
+    const view = await this.#tail.activated(tenant, signal)
+    const watched = this.#enter(tenant, connection, view)
+    try {
+      yield* this.#follow(request, view, watched, signal, draining)
+    } finally {
+      this.#leave(tenant, connection, watched)
+    }
+  }
+
+  async *#follow(
+    request: WatchRequest,
+    view: View,
+    watched: Watched,
+    signal: AbortSignal,
+    draining: AbortSignal,
+  ): AsyncGenerator<WatchMessage> {
+    const { tenant, heartbeatMs, maxBatchDelayMs } = request
+    const position = view.position
+    let cursor = request.resumeAfter ?? position
+    // Only a watcher that may be ahead of the log needs an answer of its own: of the others many may begin at once.
+    const { revision, oldest } =
+      cursor > position ? await this.#source.bounds(tenant, signal) : await this.#boundsOf(tenant, watched)
+    if (cursor > Math.max(position, revision)) {
+      throw aheadOfLog('resume_after', cursor, revision)
+    }
+    yield { kind: 'started', position: cursor, oldestResumable: oldest - 1, heartbeatMs }
+    // Timers run in real time, so what paces them does too; the view's clock decides what a heartbeat may claim.
+    let sentAtMs = performance.now()
+    for (;;) {
+      if (draining.aborted) {
+        yield { kind: 'draining', position: cursor }
+        throw draining.reason
+      }
+      signal.throwIfAborted()
+      const { position: end } = view
+      if (cursor >= end) {
+        // What is left out of a watcher's selection does not put off its heartbeat, which is a proof only while this
+        // instance hears of the log itself.
+        const dueInMs = sentAtMs + heartbeatMs - performance.now()
+        if (dueInMs <= 0 && view.hasHeard(this.#tail.now())) {
+          yield { kind: 'heartbeat', revision: cursor }
+          sentAtMs = performance.now()
+          continue
+        }
+        const woken = await this.#news(watched, Math.max(dueInMs, MIN_PAUSE_MS), signal, draining)
+        if (woken && maxBatchDelayMs > 0) await pause(maxBatchDelayMs, signal, draining)
+        continue
+      }
+      const rows: readonly LogEntry[] =
+        cursor >= watched.ring.base
+          ? watched.ring.after(cursor)
+          : await this.#behind(tenant, cursor, end, signal)
+      const next = rows[0]
+      if (next === undefined || next.revision > cursor + 1) {
+        const through = next === undefined ? end : next.revision - 1
+        this.#metrics.gapsSent++
+        yield { kind: 'gap', after: cursor, through }
+        sentAtMs = performance.now()
+        cursor = through
+        continue
+      }
+      cursor = rows.at(-1)?.revision ?? cursor
+      const wanted = select(rows, request)
+      if (wanted.length === 0) continue
+      yield { kind: 'batch', rows: wanted }
+      sentAtMs = performance.now()
+    }
+  }
+
+  #boundsOf(tenant: string, watched: Watched): ReturnType<LogSource['bounds']> {
+    watched.bounds ??= this.#source.bounds(tenant).finally(() => {
+      watched.bounds = undefined
+    })
+    return watched.bounds
+  }
+
+  /** Rows from PostgreSQL for a cursor that the ring has left behind; up to the first hole, none if all are gone. */
+  async #behind(
+    tenant: string,
+    cursor: Revision,
+    position: Revision,
+    signal: AbortSignal,
+  ): Promise<readonly LogEntry[]> {
+    const pages = await this.#history.runExclusive(() =>
+      this.#source.after(new Map([[tenant, cursor]]), HISTORY, signal),
+    )
+    const { rows } = pages.get(tenant) ?? { rows: [] }
+    const known = rows.filter((row) => row.revision <= position)
+    const hole = known.findIndex((row, i) => i > 0 && row.revision !== (known[i - 1]?.revision ?? 0) + 1)
+    return firstBatch(hole < 0 ? known : known.slice(0, hole), 0)
+  }
+
+  /** Waits for rows; false when the time is over first. */
+  #news(watched: Watched, ms: number, ...signals: readonly AbortSignal[]): Promise<boolean> {
+    return sleepUntil(ms, signals, (wake) => {
+      watched.sleeping.add(wake)
+      return () => watched.sleeping.delete(wake)
+    })
+  }
+
+  #wake({ sleeping }: Watched): void {
+    for (const wake of sleeping) wake()
+    sleeping.clear()
+  }
+
+  #enter(tenant: string, connection: string, view: View): Watched {
+    const { watchersPerTenant, watchersPerConnection } = this.#limits
+    const watched = this.#tenants.get(tenant) ?? {
+      ring: new Ring(view.position, this.#limits),
+      watchers: 0,
+      bounds: undefined,
+      sleeping: new Set(),
+    }
+    const onConnection = this.#connections.get(connection) ?? 0
+    if (watched.watchers >= watchersPerTenant || onConnection >= watchersPerConnection) {
+      throw new ItemCacheError('exhausted', 'too many invalidation streams are open', {
+        reason: 'TOO_MANY_WATCHERS',
+        retryAfterMs: 5000,
+      })
+    }
+    watched.watchers++
+    this.#tenants.set(tenant, watched)
+    this.#connections.set(connection, onConnection + 1)
+    this.#metrics.subscribers++
+    return watched
+  }
+
+  #leave(tenant: string, connection: string, watched: Watched): void {
+    watched.watchers--
+    if (watched.watchers === 0) this.#tenants.delete(tenant)
+    const onConnection = (this.#connections.get(connection) ?? 1) - 1
+    if (onConnection === 0) this.#connections.delete(connection)
+    else this.#connections.set(connection, onConnection)
+    this.#metrics.subscribers--
+  }
+}
+
+/** The rows that may concern the watcher: one that invalidates by tag may concern any id, and the other way round. */
+function select(rows: readonly LogEntry[], request: WatchRequest): readonly LogEntry[] {
+  const { ids, tags, exceptWriter } = request
+  const all = ids.size === 0 && tags.size === 0
+  if (all && exceptWriter === undefined) return rows
+  return rows.filter((row) => {
+    if (exceptWriter !== undefined && row.writer === exceptWriter) return false
+    if (all || row.kind === 'TENANT_INVALIDATED') return true
+    if (row.kind === 'TAGS_INVALIDATED') return ids.size > 0 || row.tags.some((tag) => tags.has(tag))
+    if (row.kind === 'KEYS_INVALIDATED' && tags.size > 0) return true
+    return row.ids.some((id) => ids.has(id)) || row.tags.some((tag) => tags.has(tag))
+  })
+}
+
+function pause(ms: number, ...signals: readonly AbortSignal[]): Promise<boolean> {
+  return sleepUntil(ms, signals, () => () => {})
+}
+
+/** Resolves with true when woken or aborted, with false after `ms` milliseconds. */
+function sleepUntil(
+  ms: number,
+  signals: readonly AbortSignal[],
+  onWake: (wake: () => void) => () => void,
+): Promise<boolean> {
+  return new Promise((resolve) => {
+    const end = (woken: boolean) => {
+      clearTimeout(timer)
+      forget()
+      for (const signal of signals) signal.removeEventListener('abort', wake)
+      resolve(woken)
+    }
+    const wake = () => end(true)
+    const timer = setTimeout(() => end(false), ms)
+    const forget = onWake(wake)
+    for (const signal of signals) {
+      if (signal.aborted) return wake()
+      signal.addEventListener('abort', wake, { once: true })
+    }
+  })
+}
