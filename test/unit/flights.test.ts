@@ -1,0 +1,730 @@
+/**
+ * Schedules of the read path: the real reader, writer, tail and memory tier, over a database and a Redis that answer
+ * when fast-check says so. Every step of every call (a statement is run, its answer arrives, a notification is
+ * delivered, a late store lands) is one task of the scheduler, so each run is one interleaving, and a failing one shrinks.
+ */
+import fc from 'fast-check'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { ItemCacheError } from '../../src/errors.ts'
+import { Tail } from '../../src/invalidation/tail.ts'
+import type { LogRow } from '../../src/invalidation/view.ts'
+import { createLogger } from '../../src/observe/log.ts'
+import { Metrics } from '../../src/observe/metrics.ts'
+import { Probe } from '../../src/service/probe.ts'
+import { type Answer, DEFAULT_READ, Reader, type ReadOptions } from '../../src/service/read.ts'
+import { type Write, Writer } from '../../src/service/write.ts'
+import { MemoryTier } from '../../src/tiers/memory.ts'
+import type {
+  CacheTier,
+  Copy,
+  InvalidationMode,
+  InvalidationTarget,
+  LogEntry,
+  LogListener,
+  LogPage,
+  LogSource,
+  Revision,
+  Snapshot,
+  StoreTier,
+  Written,
+} from '../../src/tiers/tier.ts'
+
+const TENANT = 'tenant'
+const IDS = ['a', 'b'] as const
+type Id = (typeof IDS)[number]
+const TAGS = ['t', 'u'] as const
+const NEVER_MS = 2 ** 30
+
+/** Resolves when the scheduler says so. */
+type Gate = (what: string) => Promise<void>
+
+/** A tenant's items and log, revision by revision. What an item holds is the revision that wrote it. */
+class Database implements StoreTier, LogSource {
+  readonly name = 'postgres'
+  /** How often each id was selected. */
+  readonly selects = new Map<string, number>()
+  /** This many SELECTs fail. */
+  failing = 0
+  readonly #gate: Gate
+  readonly #rows: LogEntry[] = []
+  /** `tags` are `undefined` when the item was deleted. */
+  readonly #changes: { id: string; revision: Revision; tags: readonly string[] | undefined }[] = []
+  #listener: LogListener | undefined
+
+  constructor(gate: Gate) {
+    this.#gate = gate
+  }
+
+  get revision(): Revision {
+    return this.#rows.length
+  }
+
+  /** The item as of a revision. */
+  at(id: string, asOf: Revision): Snapshot {
+    const change = this.#changes.findLast((one) => one.id === id && one.revision <= asOf)
+    if (change === undefined) {
+      return { id, asOf, state: 'unknown', bytes: undefined, revision: 0, tags: [] }
+    }
+    const { revision, tags } = change
+    return tags === undefined
+      ? { id, asOf, state: 'deleted', bytes: undefined, revision, tags: [] }
+      : { id, asOf, state: 'present', bytes: Uint8Array.of(revision), revision, tags }
+  }
+
+  /** Commits a change. Listeners hear of it some time later. */
+  commit(row: Omit<LogRow, 'revision'>): Revision {
+    const revision = this.revision + 1
+    this.#rows.push({ ...row, revision, committedAtMs: 0, ageMs: 0, writer: '' })
+    void this.#gate('notification').then(() => this.#listener?.changed(TENANT))
+    return revision
+  }
+
+  /** Writes an item; with `undefined` for its tags, deletes it. */
+  put(id: string, tags: readonly string[] | undefined): Revision {
+    const former = this.at(id, this.revision).tags
+    const revision =
+      tags === undefined
+        ? this.commit({ kind: 'DELETED', mode: 'REMOVE', ids: [id], tags: former })
+        : this.commit({ kind: 'UPSERTED', mode: 'EXPIRE', ids: [id], tags: [...former, ...tags] })
+    this.#changes.push({ id, revision, tags })
+    return revision
+  }
+
+  async read(_: string, ids: readonly string[]): Promise<ReadonlyMap<string, Snapshot>> {
+    for (const id of ids) this.selects.set(id, (this.selects.get(id) ?? 0) + 1)
+    await this.#gate(`select ${ids}`)
+    const found = new Map(ids.map((id) => [id, this.at(id, this.revision)]))
+    const fails = this.failing > 0
+    if (fails) this.failing--
+    await this.#gate(`rows ${ids}`)
+    if (fails) throw new ItemCacheError('unavailable', 'the database cannot be reached')
+    return found
+  }
+
+  /** Keeps the tags. */
+  async update(_: Write, id: string): Promise<Written> {
+    return this.#written(id, () => this.put(id, this.at(id, this.revision).tags))
+  }
+
+  async delete(_: Write, id: string): Promise<Written> {
+    return this.#written(id, () => this.put(id, undefined))
+  }
+
+  async invalidate(_: Write, target: InvalidationTarget, mode: InvalidationMode): Promise<Revision> {
+    await this.#gate('commit')
+    const revision = this.commit(rowOf(target, mode))
+    await this.#gate('committed')
+    return revision
+  }
+
+  seen(): void {}
+
+  async outcomeOf(): Promise<undefined> {}
+
+  async newest(): Promise<LogPage> {
+    return this.#page(0, 'newest')
+  }
+
+  async after(positions: ReadonlyMap<string, Revision>): Promise<ReadonlyMap<string, LogPage>> {
+    return new Map([[TENANT, await this.#page(positions.get(TENANT) ?? 0, 'poll')]])
+  }
+
+  async listen(listener: LogListener): Promise<AsyncDisposable> {
+    this.#listener = listener
+    return { [Symbol.asyncDispose]: async () => {} }
+  }
+
+  async #page(after: Revision, what: string): Promise<LogPage> {
+    await this.#gate(what)
+    const page = { revision: this.revision, rows: this.#rows.slice(after), complete: true }
+    await this.#gate(`${what} answered`)
+    return page
+  }
+
+  async #written(id: string, commit: () => Revision): Promise<Written> {
+    await this.#gate('commit')
+    const formerTags = this.at(id, this.revision).tags
+    const revision = commit()
+    const snapshot = this.at(id, revision)
+    await this.#gate('committed')
+    return { snapshot, revision, replayed: false, formerTags }
+  }
+
+  bounds = unused
+  trim = unused
+  list = unused
+  create = unused
+  insertLoaded = unused
+  refetched = unused
+  inspect = unused
+  ping = unused
+}
+
+function unused(): never {
+  throw new Error('the read path has no use for this')
+}
+
+function rowOf(target: InvalidationTarget, mode: InvalidationMode): Omit<LogRow, 'revision'> {
+  return target.kind === 'ids'
+    ? { kind: 'KEYS_INVALIDATED', mode, ids: target.ids, tags: [] }
+    : target.kind === 'tags'
+      ? { kind: 'TAGS_INVALIDATED', mode, ids: [], tags: target.tags }
+      : { kind: 'TENANT_INVALIDATED', mode, ids: [], tags: [] }
+}
+
+/** Keeps what the memory tier keeps, but reads and stores take effect late. */
+function gatedRedis(copies: MemoryTier, gate: Gate): CacheTier {
+  return {
+    name: 'redis',
+    async read(tenant, ids) {
+      await gate('redis read')
+      const answer = await copies.read(tenant, ids)
+      await gate('redis answered')
+      return answer
+    },
+    async store(tenant, stored) {
+      await gate('redis store')
+      await copies.store(tenant, stored)
+    },
+    inspect: unused,
+  }
+}
+
+/** Notes which copies were stored that do not pass. */
+class WatchedMemory extends MemoryTier {
+  readonly unfit: Copy[] = []
+  passes: (copy: Copy) => boolean = () => true
+
+  override set(tenant: string, copy: Copy): boolean {
+    if (!this.passes(copy)) this.unfit.push(copy)
+    return super.set(tenant, copy)
+  }
+}
+
+function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
+  const clock = { nowMs: 0 }
+  const now = () => clock.nowMs
+  const random = () => 0
+  const options = { maxBytes: 1e6, maxStaleMs: NEVER_MS, now, random }
+  const memory = new WatchedMemory({ ...options, maxEntries })
+  const shared = new MemoryTier({ ...options, maxEntries: 100 })
+  const postgres = new Database(gate)
+  const metrics = new Metrics({ methods: [] })
+  const log = createLogger({ level: 'silent', version: '0' })
+  const tail = new Tail({
+    source: postgres,
+    metrics,
+    log,
+    now,
+    pollMs: NEVER_MS,
+    maxTenants: 10,
+    maxTotalFloors: NEVER_MS,
+    maxFloors,
+    idleMs: NEVER_MS,
+    exclusive: (tenant, section) => memory.exclusive(tenant, section),
+  })
+  // To store a copy may make the view forget a floor, which may fail the copy at once: the next reader will see.
+  if (maxFloors > IDS.length) memory.passes = (copy) => tail.raising(TENANT)?.judge(copy) === 'current'
+  const probe = new Probe({ postgres, metrics, log, now, random, oneIn: 0 })
+  const redis = gatedRedis(shared, gate)
+  const parts = { memory, redis, postgres, origin: undefined, tail, probe, metrics }
+  const reader = new Reader(parts, {
+    freshForMs: NEVER_MS,
+    negativeTtlMs: NEVER_MS,
+    jitter: 0,
+    maxStaleMs: NEVER_MS,
+    softTimeoutMs: NEVER_MS,
+    now,
+    random,
+  })
+  const writer = new Writer({ reader, postgres, origin: undefined, tail })
+  return { clock, memory, shared, postgres, metrics, tail, reader, writer }
+}
+
+type Instance = ReturnType<typeof instance>
+
+const signal = new AbortController().signal
+const write: Write = { tenant: TENANT, requestId: '', fingerprint: '', clientId: '', signal }
+// No timer of the code runs unless a test says so.
+beforeAll(() => {
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'setInterval', 'clearInterval'] })
+})
+afterAll(() => {
+  vi.useRealTimers()
+})
+
+const turn = () => new Promise<void>((resolve) => setImmediate(resolve))
+
+/**
+ * The steps of one run, in the order that fast-check chooses. `turns` says after which of them the event loop comes
+ * round, which is when flights leave.
+ */
+class Schedule implements AsyncDisposable {
+  readonly #scheduler: fc.Scheduler
+  readonly #turns: Iterator<boolean>
+  #over = false
+
+  constructor(scheduler: fc.Scheduler, turns: Iterator<boolean>) {
+    this.#scheduler = scheduler
+    this.#turns = turns
+  }
+
+  readonly gate: Gate = async (what) => {
+    if (!this.#over) await this.#scheduler.schedule(Promise.resolve(), what)
+  }
+
+  /** Takes step after step until `work` is done, checking in between. */
+  async untilDone<T>(work: Promise<T>, check: () => void = () => {}): Promise<T> {
+    let done = false
+    const end = () => {
+      done = true
+    }
+    work.then(end, end)
+    for (let idle = 0; !done; check()) {
+      if (this.#scheduler.count() === 0 || this.#turns.next().value === true) await turn()
+      if (this.#scheduler.count() > 0) {
+        await this.#scheduler.waitOne()
+        idle = 0
+      } else if (++idle > 100) throw new Error('nothing is left to happen, and the work is not done')
+    }
+    return work
+  }
+
+  /** Takes all steps that are left. */
+  async untilQuiet(): Promise<void> {
+    for (let idle = 0; idle < 5; idle++) {
+      await turn()
+      if (this.#scheduler.count() === 0) continue
+      await this.#scheduler.waitOne()
+      idle = 0
+    }
+  }
+
+  /** Lets everything happen that still waits, so that what was started can end. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#over = true
+    while (this.#scheduler.count() > 0) await this.#scheduler.waitOne()
+  }
+}
+
+const READS = {
+  default: {},
+  strict: { allowStale: false },
+  fresh: { freshness: 'FRESH' },
+  verified: { maxStalenessMs: 0 },
+  cached: { freshness: 'CACHE_ONLY' },
+} as const satisfies Record<string, Partial<ReadOptions>>
+
+type Op =
+  | { readonly op: 'read'; readonly id: Id; readonly as: keyof typeof READS | 'at-least' }
+  | { readonly op: 'update' | 'delete'; readonly id: Id }
+  | { readonly op: 'foreign'; readonly id: Id; readonly tags: readonly string[] }
+  | {
+      readonly op: 'invalidate' | 'foreign-invalidate'
+      readonly target: InvalidationTarget
+      readonly mode: InvalidationMode
+    }
+  | { readonly op: 'silence' | 'tick' | 'fail' }
+
+// Most of it happens to one item.
+const id = fc.oneof({ weight: 4, arbitrary: fc.constant('a' as const) }, fc.constantFrom(...IDS))
+const tags = fc.subarray([...TAGS])
+const target: fc.Arbitrary<InvalidationTarget> = fc.oneof(
+  fc.record({ kind: fc.constant('ids' as const), ids: fc.subarray([...IDS], { minLength: 1 }) }),
+  fc.record({ kind: fc.constant('tags' as const), tags: fc.subarray([...TAGS], { minLength: 1 }) }),
+  fc.record({ kind: fc.constant('all' as const) }),
+)
+const as = fc.oneof(
+  { weight: 3, arbitrary: fc.constant('default' as const) },
+  fc.constantFrom('strict', 'fresh', 'verified', 'cached', 'at-least' as const),
+)
+const weighted = (failures: number): fc.Arbitrary<Op> =>
+  fc.oneof(
+    { weight: 8, arbitrary: fc.record({ op: fc.constant('read' as const), id, as }) },
+    { weight: 2, arbitrary: fc.record({ op: fc.constantFrom('update', 'delete'), id }) },
+    { weight: 2, arbitrary: fc.record({ op: fc.constant('foreign' as const), id, tags }) },
+    {
+      weight: 3,
+      arbitrary: fc.record({
+        op: fc.constantFrom('invalidate', 'foreign-invalidate'),
+        target,
+        mode: fc.constantFrom('EXPIRE', 'REMOVE'),
+      }),
+    },
+    { weight: 2, arbitrary: fc.record({ op: fc.constantFrom('silence', 'tick') }) },
+    { weight: failures, arbitrary: fc.constant({ op: 'fail' as const }) },
+  )
+
+/** For each id the greatest revision of a kind. */
+class Marks {
+  readonly #marks = new Map<string, Revision>()
+
+  get(of: string): Revision {
+    return this.#marks.get(of) ?? 0
+  }
+
+  raise(ids: readonly string[], revision: Revision): void {
+    for (const one of ids) this.#marks.set(one, Math.max(this.get(one), revision))
+  }
+}
+
+/** Runs operations on an instance and checks each answer against what was acknowledged when its reader began. */
+class History {
+  readonly #instance: Instance
+  /** Acknowledged writes of the content, EXPIRE and REMOVE; and what readers have been shown. */
+  readonly #written = new Marks()
+  readonly #expired = new Marks()
+  readonly #removed = new Marks()
+  readonly #shown = new Marks()
+  /** What was committed so long ago that every instance must know of it. */
+  #beforeSilence: Revision = 0
+
+  constructor(of: Instance) {
+    this.#instance = of
+  }
+
+  async run(one: Op): Promise<void> {
+    const { writer, postgres, clock } = this.#instance
+    switch (one.op) {
+      case 'read':
+        return this.#read(one.id, one.as)
+      case 'update':
+      case 'delete': {
+        const precondition = { etag: '', allowMissing: true }
+        const { revision } =
+          one.op === 'update'
+            ? await writer.update(write, one.id, precondition, unused)
+            : await writer.delete(write, one.id, precondition)
+        this.#written.raise([one.id], revision)
+        if (one.op === 'delete') this.#removed.raise([one.id], revision)
+        return
+      }
+      case 'invalidate': {
+        const revision = await writer.invalidate(write, one.target, one.mode, false)
+        const marks = one.mode === 'REMOVE' ? this.#removed : this.#expired
+        return marks.raise(this.#concerned(one.target, revision), revision)
+      }
+      case 'foreign':
+        postgres.put(one.id, one.tags)
+        return
+      case 'foreign-invalidate':
+        postgres.commit(rowOf(one.target, one.mode))
+        return
+      case 'silence':
+        // Longer than anything may be called current without news of the log.
+        clock.nowMs += 2000
+        this.#beforeSilence = postgres.revision
+        return
+      case 'tick':
+        // The tail asks again by itself after a change.
+        vi.advanceTimersByTime(10)
+        return
+      case 'fail':
+        postgres.failing++
+    }
+  }
+
+  #concerned(target: InvalidationTarget, revision: Revision): readonly string[] {
+    if (target.kind === 'ids') return target.ids
+    if (target.kind === 'all') return IDS
+    const { postgres } = this.#instance
+    return IDS.filter((one) => postgres.at(one, revision).tags.some((tag) => target.tags.includes(tag)))
+  }
+
+  async #read(of: Id, as: keyof typeof READS | 'at-least'): Promise<void> {
+    const { reader, postgres, tail } = this.#instance
+    const [written, expired, removed] = [this.#written.get(of), this.#expired.get(of), this.#removed.get(of)]
+    const [shown, committed] = [this.#shown.get(of), postgres.revision]
+    const applied = postgres.at(of, tail.raising(TENANT)?.position ?? 0).revision
+    const old = postgres.at(of, this.#beforeSilence).revision
+    const minRevision = as === 'at-least' ? committed : 0
+    const options: ReadOptions = { ...DEFAULT_READ, ...(as === 'at-least' ? { minRevision } : READS[as]) }
+    let answer: Answer
+    try {
+      answer = await reader.read(TENANT, of, options, signal)
+    } catch (error) {
+      if (error instanceof ItemCacheError && error.code === 'unavailable') return
+      throw error
+    }
+    const { copy, outcome, staleReason } = answer
+    if (copy === undefined) return expect(as).toBe('cached')
+    const { asOf } = copy
+    const truth = postgres.at(of, asOf)
+    const about = JSON.stringify({ of, as, outcome, staleReason, asOf, revision: copy.revision })
+    const least = (actual: Revision, bound: Revision, why: string) =>
+      expect(actual, `${about} ${why}`).toBeGreaterThanOrEqual(bound)
+
+    // A copy is the state at its as-of, whatever way it took.
+    expect(asOf).toBeLessThanOrEqual(postgres.revision)
+    expect(copy.bytes, about).toEqual(truth.bytes)
+    least(asOf, minRevision, 'is older than min_revision')
+    least(asOf, removed, 'was removed')
+    if (outcome === 'STALE') expect(options.allowStale).toBe(true)
+    if (staleReason === 'TIER_DOWN') return
+    least(asOf, written, 'is older than a write that was acknowledged here')
+    least(truth.revision, applied, 'is older than what was applied here')
+    if (outcome !== 'STALE') {
+      least(asOf, expired, 'was expired')
+      least(truth.revision, old, 'is older than what everybody knows')
+      least(truth.revision, shown, 'is older than what was shown here')
+    }
+    if (as === 'fresh' || as === 'verified') least(asOf, committed, 'is not fresh')
+    this.#shown.raise([of], truth.revision)
+  }
+
+  /** What memory and Redis hold is the truth of some time, and nothing was kept that did not pass. */
+  checkCopies(): void {
+    const { memory, shared, postgres } = this.#instance
+    expect(memory.unfit).toEqual([])
+    for (const of of IDS) {
+      for (const copy of [memory.peek(TENANT, of), shared.peek(TENANT, of)]) {
+        if (copy !== undefined) expect(copy.bytes).toEqual(postgres.at(of, copy.asOf).bytes)
+      }
+    }
+  }
+}
+
+const schedule = fc
+  .tuple(fc.scheduler(), fc.infiniteStream(fc.boolean()))
+  .map(([scheduler, turns]) => new Schedule(scheduler, turns))
+
+describe('whatever the order in which answers arrive', () => {
+  const explore = (failures: number) =>
+    fc.asyncProperty(
+      schedule,
+      fc.array(weighted(failures), { minLength: 2, maxLength: 14 }),
+      fc.constantFrom(1, 2, 1000),
+      fc.constantFrom(1, 100),
+      async (scheduled, list, maxFloors, maxEntries) => {
+        const tested = instance(scheduled.gate, { maxFloors, maxEntries })
+        await using tail = tested.tail
+        await using steps = scheduled
+        await tail.start()
+        for (const of of IDS) tested.postgres.put(of, ['t'])
+        const history = new History(tested)
+        const running = list.map(async (one) => {
+          await steps.gate(JSON.stringify(one))
+          await history.run(one)
+        })
+        await steps.untilDone(Promise.all(running), () => history.checkCopies())
+        if (failures > 0) return
+        await steps.untilQuiet()
+        // When all is quiet, everybody reads the newest.
+        for (const of of IDS) {
+          const options = { ...DEFAULT_READ, allowStale: false }
+          const { copy } = await steps.untilDone(tested.reader.read(TENANT, of, options, signal))
+          expect(copy?.bytes).toEqual(tested.postgres.at(of, tested.postgres.revision).bytes)
+        }
+      },
+    )
+
+  test('nobody gets a value that is older than what was acknowledged here, and nothing stale is kept', async () => {
+    await fc.assert(explore(0), { numRuns: 1000 })
+  })
+
+  test('not even when the database fails now and then', async () => {
+    await fc.assert(explore(3), { numRuns: 600 })
+  })
+})
+
+describe('readers of one key at the same time', () => {
+  const patient = (reader: Reader, of: string, until = signal) => reader.read(TENANT, of, DEFAULT_READ, until)
+
+  test('share one load, however they come', async () => {
+    const readers = fc.array(id, { minLength: 1, maxLength: 12 })
+    await fc.assert(
+      fc.asyncProperty(schedule, readers, async (scheduled, ids) => {
+        const { reader, postgres, metrics, tail } = instance(scheduled.gate)
+        await using _tail = tail
+        await using steps = scheduled
+        for (const of of IDS) postgres.put(of, [])
+        const reading = ids.map((of) => steps.gate(`read ${of}`).then(() => patient(reader, of)))
+        const answers = await steps.untilDone(Promise.all(reading))
+        const distinct = new Set(ids)
+        for (const of of distinct) expect(postgres.selects.get(of)).toBe(1)
+        expect(metrics.snapshot()).toMatchObject({
+          loads: distinct.size,
+          coalescedLoads: answers.filter(({ coalesced }) => coalesced).length,
+          hits: answers.filter(({ outcome }) => outcome === 'HIT').length,
+        })
+        const loaded = answers.filter(({ outcome, coalesced }) => outcome === 'MISS' && !coalesced)
+        expect(loaded).toHaveLength(distinct.size)
+      }),
+      { numRuns: 300 },
+    )
+  })
+
+  test('are answered although others go away, also the one who came first', async () => {
+    const readers = fc.array(fc.boolean(), { minLength: 1, maxLength: 8 })
+    await fc.assert(
+      fc.asyncProperty(schedule, readers, async (scheduled, leaves) => {
+        const { reader, postgres, tail } = instance(scheduled.gate)
+        await using _tail = tail
+        await using steps = scheduled
+        postgres.put('a', [])
+        const gone = new ItemCacheError('cancelled', 'the caller cancelled')
+        const reading = leaves.map(async (leave) => {
+          const controller = new AbortController()
+          await steps.gate('read')
+          if (leave) void steps.gate('leave').then(() => controller.abort(gone))
+          return patient(reader, 'a', controller.signal)
+        })
+        const outcomes = await steps.untilDone(Promise.allSettled(reading))
+        for (const [i, outcome] of outcomes.entries()) {
+          if (outcome.status === 'rejected') expect(outcome.reason).toBe(gone)
+          if (!leaves[i]) expect(outcome.status).toBe('fulfilled')
+        }
+        expect(postgres.selects.get('a') ?? 0).toBeLessThanOrEqual(1)
+      }),
+      { numRuns: 300 },
+    )
+  })
+
+  test('share a failure, and the next one tries again', async () => {
+    const failures = fc.integer({ min: 1, max: 3 })
+    await fc.assert(
+      fc.asyncProperty(
+        schedule,
+        fc.integer({ min: 1, max: 8 }),
+        failures,
+        async (scheduled, count, failing) => {
+          const { reader, postgres, tail, memory } = instance(scheduled.gate)
+          await using _tail = tail
+          await using steps = scheduled
+          postgres.put('a', [])
+          postgres.failing = failing
+          const reading = Array.from({ length: count }, () =>
+            steps.gate('read').then(() => patient(reader, 'a')),
+          )
+          const outcomes = await steps.untilDone(Promise.allSettled(reading))
+          const failed = outcomes.filter((outcome) => outcome.status === 'rejected')
+          for (const { reason } of failed) expect(reason).toMatchObject({ code: 'unavailable' })
+          // Every load but a successful last one has failed somebody.
+          const succeeded = failed.length < count
+          expect(postgres.selects.get('a')).toBe(failing - postgres.failing + (succeeded ? 1 : 0))
+          expect(memory.peek(TENANT, 'a') !== undefined).toBe(succeeded)
+
+          postgres.failing = 0
+          const { copy } = await steps.untilDone(patient(reader, 'a'))
+          expect(copy?.bytes).toEqual(Uint8Array.of(1))
+        },
+      ),
+      { numRuns: 300 },
+    )
+  })
+
+  test('that ask for FRESH get a SELECT that was sent after they came', async () => {
+    const { promise: opened, resolve: open } = Promise.withResolvers<void>()
+    let held = true
+    const gate: Gate = (what) => (held && what.startsWith('rows') ? opened : Promise.resolve())
+    const { reader, postgres, tail } = instance(gate)
+    await using _tail = tail
+    postgres.put('a', [])
+    const fresh = { ...DEFAULT_READ, freshness: 'FRESH' } as const
+    const first = reader.read(TENANT, 'a', fresh, signal)
+    while (postgres.selects.get('a') === undefined) await turn()
+    postgres.put('a', [])
+    held = false
+    const second = await reader.read(TENANT, 'a', fresh, signal)
+    expect(second.copy).toMatchObject({ asOf: 2, bytes: Uint8Array.of(2) })
+    open()
+    expect((await first).copy).toMatchObject({ asOf: 1 })
+    // What came late is not kept over what came before.
+    const third = await patient(reader, 'a')
+    expect(third).toMatchObject({ outcome: 'HIT', copy: { asOf: 2 } })
+  })
+})
+
+describe('an instance to which no notification comes', () => {
+  const deaf: Gate = (what) => (what === 'notification' ? new Promise(() => {}) : Promise.resolve())
+  const read = ({ reader }: Instance, of: Id, options: Partial<ReadOptions> = {}) =>
+    reader.read(TENANT, of, { ...DEFAULT_READ, ...options }, signal)
+
+  /** Both items are cached, in memory and in Redis. */
+  async function warm(options = {}): Promise<Instance> {
+    const tested = instance(deaf, options)
+    for (const of of IDS) {
+      tested.postgres.put(of, [])
+      await read(tested, of)
+    }
+    await tested.reader.settled()
+    return tested
+  }
+  /** Memory has room for one: it forgets the other. */
+  const forget = (tested: Instance) => read(tested, 'b')
+
+  test('serves what it has for as long as it may, and then asks the database', async () => {
+    const tested = await warm()
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    tested.clock.nowMs += 1500
+    expect(await read(tested, 'a')).toMatchObject({ outcome: 'HIT', tier: 'memory', copy: { revision: 1 } })
+    tested.clock.nowMs += 1
+    expect(await read(tested, 'a')).toMatchObject({
+      outcome: 'MISS',
+      tier: 'postgres',
+      copy: { revision: 3 },
+    })
+    expect(await read(tested, 'b', { freshness: 'CACHE_ONLY', allowStale: false })).toMatchObject({
+      outcome: 'MISS',
+    })
+  })
+
+  test('does not go back to what is in Redis once it has shown something newer', async () => {
+    const tested = await warm({ maxEntries: 1 })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    const stores = tested.shared.set.bind(tested.shared)
+    tested.shared.set = () => false
+    expect(await read(tested, 'a', { freshness: 'FRESH' })).toMatchObject({ copy: { revision: 3 } })
+    await tested.reader.settled()
+    tested.shared.set = stores
+    await forget(tested)
+    expect(await read(tested, 'a')).toMatchObject({ tier: 'postgres', copy: { revision: 3 } })
+  })
+
+  test('knows the tags that others have just given an item, when they are invalidated here', async () => {
+    const tested = await warm()
+    await using tail = tested.tail
+    await tail.start()
+    tested.postgres.put('a', ['t'])
+    await tested.writer.invalidate(write, { kind: 'tags', tags: ['t'] }, 'REMOVE', false)
+    expect(await read(tested, 'a')).toMatchObject({ tier: 'postgres', copy: { revision: 3 } })
+  })
+
+  test('serves what was removed not even while the database is down', async () => {
+    const unavailable = { code: 'unavailable' }
+    for (const remove of [
+      ({ writer }: Instance) => writer.invalidate(write, { kind: 'ids', ids: ['a'] }, 'REMOVE', false),
+      ({ writer }: Instance) => writer.invalidate(write, { kind: 'all' }, 'REMOVE', false),
+      ({ writer }: Instance) => writer.delete(write, 'a', { etag: '', allowMissing: false }),
+    ]) {
+      const tested = await warm({ maxEntries: 1 })
+      await using _tail = tested.tail
+      // What is served below comes from Redis, where the old copy still is.
+      tested.shared.set = () => false
+      await remove(tested)
+      await forget(tested)
+      tested.postgres.failing = 10
+      await expect(read(tested, 'a')).rejects.toMatchObject(unavailable)
+    }
+  })
+
+  test('serves what was changed, marked, while the database is down', async () => {
+    const tested = await warm({ maxEntries: 1 })
+    await using _tail = tested.tail
+    tested.shared.set = () => false
+    await tested.writer.update(write, 'a', { etag: '', allowMissing: false }, unused)
+    await forget(tested)
+    tested.postgres.failing = 10
+    expect(await read(tested, 'a')).toMatchObject({
+      outcome: 'STALE',
+      staleReason: 'TIER_DOWN',
+      tier: 'redis',
+      copy: { revision: 1 },
+    })
+    await expect(read(tested, 'a', { allowStale: false })).rejects.toMatchObject({ code: 'unavailable' })
+    tested.postgres.failing = 0
+    expect(await read(tested, 'a')).toMatchObject({ tier: 'postgres', copy: { revision: 3 } })
+  })
+})
