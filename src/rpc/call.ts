@@ -1,0 +1,284 @@
+/** One call: who asks, until when, and the frame in which every handler runs. */
+import { randomBytes } from 'node:crypto'
+import type { EventEmitter } from 'node:events'
+import type {
+  handleServerStreamingCall,
+  handleUnaryCall,
+  Metadata,
+  ServerUnaryCall,
+  ServerWritableStream,
+  sendUnaryData,
+} from '@grpc/grpc-js'
+import { status } from '@grpc/grpc-js'
+import { ItemCacheError } from '../errors.ts'
+import type { CacheStatus } from '../gen/itemcache/v1/item_cache_pb.ts'
+import type { Logger } from '../observe/log.ts'
+import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
+import { Malformed, type Reply } from './service-definition.ts'
+import { codeName, toItemCacheError, toStatus } from './status.ts'
+
+/** What the frame of every call needs. */
+export interface CallFrame {
+  readonly log: Logger
+  readonly metrics: Metrics
+  /** Monotonic, milliseconds. */
+  readonly now: () => number
+  /** Longest time that a unary call may take, whatever its deadline says. */
+  readonly maxDeadlineMs: number
+  /** Aborts when the server begins to drain. */
+  readonly draining: AbortSignal
+}
+
+type AnyCall = ServerUnaryCall<unknown, Reply> | ServerWritableStream<unknown, Reply>
+
+/** What a handler knows of its call besides the request. */
+export class CallContext {
+  readonly tenant: string
+  readonly #call: AnyCall
+  readonly #maxDeadlineMs: number
+  #controller: AbortController | undefined
+  #timer: NodeJS.Timeout | undefined
+
+  /** For the log line: what the handler found out. */
+  id: string | undefined
+  tier: string | undefined
+  outcome: string | undefined
+  /** Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
+  cache: CacheStatus | undefined
+
+  constructor(call: AnyCall, maxDeadlineMs: number) {
+    this.#call = call
+    this.#maxDeadlineMs = maxDeadlineMs
+    this.tenant = tenantOf(call.metadata)
+  }
+
+  /** Who writes, as the caller says; `''` when it does not. */
+  get clientId(): string {
+    return single(this.#call.metadata, 'x-client-id') ?? ''
+  }
+
+  /** The 32 hex digits of the W3C trace context, or a new id. */
+  get traceId(): string {
+    const given = this.#call.metadata.get('traceparent')[0]?.toString() ?? ''
+    return (
+      /^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$/.exec(given)?.[1] ??
+      randomBytes(16).toString('hex')
+    )
+  }
+
+  /** When the caller stops waiting, in milliseconds from now; at most the server's maximum. */
+  get remainingMs(): number {
+    return Math.max(0, Math.min(leftMs(this.#call), this.#maxDeadlineMs))
+  }
+
+  /** Aborts with an `ItemCacheError` when the caller cancels or the deadline passes. Made when first asked for. */
+  get signal(): AbortSignal {
+    if (this.#controller === undefined) {
+      const controller = new AbortController()
+      this.#controller = controller
+      const call: EventEmitter = this.#call
+      call.on('cancelled', () => controller.abort(whyGone(this.#call)))
+      this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.remainingMs)
+    }
+    return this.#controller.signal
+  }
+
+  /** The caller's end of the connection: its address and port. */
+  get peer(): string {
+    return this.#call.getPeer()
+  }
+
+  /** Releases the timer. */
+  end(): void {
+    clearTimeout(this.#timer)
+  }
+}
+
+/** Until the caller's deadline; negative when it has passed. */
+function leftMs(call: AnyCall): number {
+  const deadline = call.getDeadline()
+  return (deadline instanceof Date ? deadline.getTime() : deadline) - Date.now()
+}
+
+export const deadlinePassed = () => new ItemCacheError('timeout', 'the deadline has passed')
+
+/** grpc-js reports a deadline that has passed as a cancellation, too. Its timer may be a millisecond early. */
+function whyGone(call: AnyCall): ItemCacheError {
+  return leftMs(call) <= 1 ? deadlinePassed() : new ItemCacheError('cancelled', 'the caller cancelled')
+}
+
+/**
+ * Without authentication the tenant is what the caller says it is: metadata `x-tenant-id`, else `default`. That is
+ * allowed on loopback only (see `config.ts`).
+ */
+function tenantOf(metadata: Metadata): string {
+  return single(metadata, 'x-tenant-id') ?? 'default'
+}
+
+/** The value of a metadata key that may come once: 1 to 128 printable ASCII characters. */
+function single(metadata: Metadata, key: string): string | undefined {
+  const [value, ...more] = metadata.get(key)
+  if (value === undefined) return undefined
+  if (more.length === 0 && typeof value === 'string' && /^[\x21-\x7e]{1,128}$/.test(value)) return value
+  throw new ItemCacheError('invalid', `metadata ${key} is not valid`, {
+    reason: 'INVALID_METADATA',
+    violations: [{ field: key, description: 'must come once, as 1 to 128 printable ASCII characters' }],
+  })
+}
+
+/** A handler of a unary call: answers at once or later, or throws. */
+export type UnaryHandler<Request> = (request: Request, context: CallContext) => Reply | Promise<Reply>
+
+/**
+ * The frame of every unary call: whatever the handler does, the caller gets exactly one answer, and the call is
+ * counted and logged.
+ */
+export function unary<Request>(
+  frame: CallFrame,
+  method: string,
+  handler: UnaryHandler<Request>,
+): handleUnaryCall<Request | Malformed, Reply> {
+  const rpc = frame.metrics.rpc(method)
+  return (call, callback) => {
+    const account = new Account(frame, rpc, method)
+    let context: CallContext | undefined
+    try {
+      const request = wellFormed(call.request)
+      context = new CallContext(call, frame.maxDeadlineMs)
+      const reply = handler(request, context)
+      if (reply instanceof Promise) {
+        reply.then(
+          (late) => account.reply(context, callback, late),
+          (error: unknown) => account.refuse(context, callback, error),
+        )
+      } else account.reply(context, callback, reply)
+    } catch (error) {
+      account.refuse(context, callback, error)
+    }
+  }
+}
+
+/**
+ * A handler of a server stream: yields messages until it returns or throws. `gone` aborts when the caller went away, and
+ * `draining` when the server is about to: then the handler says what it has to say, and throws the signal's reason.
+ */
+export type StreamHandler<Request> = (
+  request: Request,
+  context: CallContext,
+  signals: { readonly gone: AbortSignal; readonly draining: AbortSignal },
+) => AsyncIterable<Reply>
+
+/** The frame of every server stream. A slow reader holds the handler up: nothing is queued for it. */
+export function serverStream<Request>(
+  frame: CallFrame,
+  method: string,
+  handler: StreamHandler<Request>,
+): handleServerStreamingCall<Request | Malformed, Reply> {
+  const rpc = frame.metrics.rpc(method)
+  return (call) => {
+    const account = new Account(frame, rpc, method)
+    const gone = new AbortController()
+    const leave = () => gone.abort(whyGone(call))
+    call.on('cancelled', leave)
+    call.on('close', leave)
+    call.on('error', leave)
+    const run = async () => {
+      let context: CallContext | undefined
+      try {
+        const request = wellFormed(call.request)
+        context = new CallContext(call, Number.POSITIVE_INFINITY)
+        const signals = { gone: gone.signal, draining: frame.draining }
+        const signal = AbortSignal.any([gone.signal, frame.draining])
+        for await (const reply of handler(request, context, signals)) {
+          await flushed(call, reply, signal)
+        }
+        gone.signal.throwIfAborted()
+        account.finish(context, status.OK)
+        call.end()
+      } catch (error) {
+        call.emit('error', account.fail(context, error))
+      }
+    }
+    void run()
+  }
+}
+
+/** Writes a message and waits until it has left for the network, so that a slow reader holds one message at most. */
+function flushed(
+  call: ServerWritableStream<unknown, Reply>,
+  reply: Reply,
+  signal: AbortSignal,
+): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const abort = () => reject(signal.reason)
+    signal.addEventListener('abort', abort, { once: true })
+    if (signal.aborted) abort()
+    call.write(reply, () => {
+      signal.removeEventListener('abort', abort)
+      resolve()
+    })
+  })
+}
+
+function wellFormed<Request>(request: Request | Malformed): Request {
+  if (!(request instanceof Malformed)) return request
+  throw new ItemCacheError('invalid', 'the message could not be decoded', {
+    reason: 'MALFORMED_MESSAGE',
+    cause: request.cause,
+  })
+}
+
+/** Counts and logs one call. */
+class Account {
+  readonly #frame: CallFrame
+  readonly #rpc: RpcMetrics
+  readonly #method: string
+  readonly #startedMs: number
+
+  constructor(frame: CallFrame, rpc: RpcMetrics, method: string) {
+    this.#frame = frame
+    this.#rpc = rpc
+    this.#method = method
+    this.#startedMs = frame.now()
+    rpc.started++
+  }
+
+  reply(context: CallContext | undefined, callback: sendUnaryData<Reply>, reply: Reply): void {
+    this.finish(context, status.OK)
+    callback(null, reply)
+  }
+
+  refuse(context: CallContext | undefined, callback: sendUnaryData<Reply>, error: unknown): void {
+    callback(this.fail(context, error))
+  }
+
+  fail(context: CallContext | undefined, error: unknown) {
+    const known = toItemCacheError(error, (reference, cause) => {
+      this.#frame.log.error({ reference, method: this.#method, err: cause }, 'internal error')
+    })
+    const failure = toStatus(known, context?.cache)
+    this.finish(context, failure.code, known)
+    return failure
+  }
+
+  finish(context: CallContext | undefined, code: status, error?: ItemCacheError): void {
+    context?.end()
+    const durationMs = this.#frame.now() - this.#startedMs
+    this.#rpc.finish(codeName(code), durationMs)
+    if (!this.#frame.log.isLevelEnabled('debug')) return
+    this.#frame.log.debug(
+      {
+        method: this.#method,
+        code: codeName(code),
+        trace_id: context?.traceId,
+        tenant: context?.tenant,
+        id: context?.id,
+        tier: context?.tier,
+        outcome: context?.outcome,
+        duration_ms: Math.round(durationMs * 1000) / 1000,
+        reason: error?.reason,
+      },
+      'request',
+    )
+  }
+}

@@ -1,0 +1,472 @@
+/** The RPCs of `ItemCacheService`: check the request, call the service, encode the answer. */
+import { createHash } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
+import {
+  create,
+  type DescMessage,
+  type JsonObject,
+  type JsonValue,
+  type MessageShape,
+  toBinary,
+} from '@bufbuild/protobuf'
+import type { UntypedServiceImplementation } from '@grpc/grpc-js'
+import { ItemCacheError } from '../errors.ts'
+import {
+  type BatchGetItemsRequest,
+  type CreateItemRequest,
+  CreateItemRequestSchema,
+  type DeleteItemRequest,
+  DeleteItemRequestSchema,
+  DeleteItemResponseSchema,
+  type GetItemRequest,
+  GetMetricsResponseSchema,
+  type InspectItemRequest,
+  InspectItemResponseSchema,
+  type InvalidateItemsRequest,
+  InvalidateItemsRequestSchema,
+  InvalidateItemsResponseSchema,
+  InvalidationMode,
+  type Item,
+  ItemCacheService,
+  type ListItemsRequest,
+  SkipReason,
+  type UpdateItemRequest,
+  UpdateItemRequestSchema,
+  type WatchMetricsRequest,
+  WatchMetricsResponseSchema,
+} from '../gen/itemcache/v1/item_cache_pb.ts'
+import type { Subscriptions } from '../invalidation/subscriptions.ts'
+import { etagOf, LIMITS } from '../item.ts'
+import { type InspectedParts, inspectItem } from '../service/inspect.ts'
+import { readPage } from '../service/list.ts'
+import type { Answer, Reader, ReadOptions } from '../service/read.ts'
+import type { Write, Writer } from '../service/write.ts'
+import type {
+  InvalidationMode as DomainMode,
+  InvalidationTarget,
+  Snapshot,
+  StoreTier,
+} from '../tiers/tier.ts'
+import {
+  type CallContext,
+  type CallFrame,
+  deadlinePassed,
+  type StreamHandler,
+  serverStream,
+  unary,
+} from './call.ts'
+import {
+  type BatchResult,
+  cacheStatus,
+  encodeBatch,
+  encodeGetItem,
+  encodeList,
+  encodePage,
+  encodeWritten,
+  masked,
+  SKIP_REASONS,
+  TIERS,
+} from './encode.ts'
+import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-mask.ts'
+import { metricsMessage } from './metrics-message.ts'
+import type { Reply } from './service-definition.ts'
+import { toDuration } from './status.ts'
+import {
+  checkDraft,
+  checkId,
+  checkListSize,
+  checkOptionalName,
+  checkTag,
+  durationMs,
+  itemDraft,
+  itemMask,
+  readOptions,
+  Violations,
+} from './validate.ts'
+import { watchInvalidations } from './watch.ts'
+
+/** The service that the handlers call. */
+export interface Services {
+  readonly reader: Reader
+  readonly writer: Writer
+  readonly postgres: StoreTier
+  readonly subscriptions: Subscriptions
+  readonly inspected: InspectedParts
+}
+
+/** Full name of a method, as metrics and logs show it. */
+export const methodName = (method: string): string => `${ItemCacheService.typeName}/${method}`
+
+/** Every RPC as grpc-js wants it. */
+export function implementation(frame: CallFrame, services: Services): UntypedServiceImplementation {
+  const { reader, writer, postgres, inspected, subscriptions } = services
+
+  function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
+    const violations = new Violations()
+    checkId(request.id, 'id', violations)
+    const options = readOptions(request.options, violations)
+    const mask = itemMask(request.readMask, 'read_mask', violations)
+    violations.throwIfAny()
+    context.id = request.id
+    const finish = (answer: Answer) => getItemReply(answer, request, mask, context)
+    const hit = reader.hit(context.tenant, request.id, options)
+    if (hit !== undefined) return finish(hit)
+    return reader.load(context.tenant, request.id, options, context.signal).then(finish)
+  }
+
+  function getItemReply(
+    answer: Answer,
+    request: GetItemRequest,
+    mask: ItemMask | undefined,
+    context: CallContext,
+  ): Uint8Array {
+    const cache = cacheStatus(answer, reader.now())
+    context.tier = answer.tier
+    context.outcome = answer.outcome
+    const { copy } = answer
+    if (copy === undefined) return encodeGetItem({ kind: 'none' }, cache, 0)
+    if (copy.bytes === undefined) {
+      context.cache = cache
+      throw notFound(request.id)
+    }
+    if (request.ifNoneMatch !== '' && request.ifNoneMatch === etagOf(copy.revision)) {
+      return encodeGetItem({ kind: 'not-modified' }, cache, copy.asOf)
+    }
+    return encodeGetItem({ kind: 'item', bytes: masked(copy.bytes, mask) }, cache, copy.asOf)
+  }
+
+  async function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    checkListSize(request.ids.length, [1, LIMITS.batchIds], 'ids', violations)
+    for (const [i, id] of request.ids.slice(0, LIMITS.batchIds).entries())
+      checkId(id, `ids[${i}]`, violations)
+    const options = readOptions(request.options, violations)
+    const mask = itemMask(request.readMask, 'read_mask', violations)
+    violations.throwIfAny()
+    const results = new Map<string, BatchResult | Promise<BatchResult>>()
+    // Slow items are given up shortly before the caller does, so that the others still reach it.
+    using patience = new Patience(context)
+    for (const id of request.ids) {
+      if (results.has(id)) continue
+      const hit = reader.hit(context.tenant, id, options)
+      results.set(
+        id,
+        hit === undefined
+          ? batchLoad(id, options, mask, context.tenant, patience.signal)
+          : batchResult(id, hit, mask),
+      )
+    }
+    const byId = new Map(
+      await Promise.all([...results].map(async ([id, result]) => [id, await result] as const)),
+    )
+    context.outcome = `${request.ids.length} ids`
+    return encodeBatch(request.ids.flatMap((id) => byId.get(id) ?? []))
+  }
+
+  async function batchLoad(
+    id: string,
+    options: ReadOptions,
+    mask: ItemMask | undefined,
+    tenant: string,
+    signal: AbortSignal,
+  ): Promise<BatchResult> {
+    try {
+      return batchResult(id, await reader.load(tenant, id, options, signal), mask)
+    } catch (error) {
+      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
+        return { id, result: error, cache: undefined }
+      }
+      throw error
+    }
+  }
+
+  function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
+    const cache = cacheStatus(answer, reader.now())
+    if (answer.copy === undefined) return { id, result: undefined, cache }
+    const { bytes } = answer.copy
+    return { id, result: bytes === undefined ? notFound(id) : masked(bytes, mask), cache }
+  }
+
+  async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    const { pageToken, category, tag } = request
+    const pageSize = request.pageSize === 0 ? 50 : request.pageSize
+    violations.check(
+      pageSize >= 1 && pageSize <= LIMITS.pageSize,
+      'page_size',
+      `must be 0 to ${LIMITS.pageSize}, got ${request.pageSize}`,
+    )
+    if (category !== '') checkTag(category, 'category', violations)
+    if (tag !== '') checkTag(tag, 'tag', violations)
+    violations.throwIfAny()
+    const answer = await readPage(
+      { reader, postgres },
+      { tenant: context.tenant, pageSize, pageToken, category, tag },
+      encodePage,
+      context.signal,
+    )
+    context.tier = answer.tier
+    context.outcome = answer.outcome
+    const { copy } = answer
+    if (copy?.bytes === undefined) throw new ItemCacheError('internal', 'a list has no page')
+    return encodeList(copy.bytes, copy.asOf, cacheStatus(answer, reader.now()))
+  }
+
+  async function createItem(request: CreateItemRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    const item = itemOf(request, violations)
+    const draft = itemDraft(item)
+    checkDraft(draft, violations)
+    checkOptionalName(request.requestId, 'request_id', LIMITS.requestIdBytes, violations)
+    violations.throwIfAny()
+    context.id = item.id
+    const write = writeOf(context, CreateItemRequestSchema, request)
+    const { snapshot, revision } = await writer.create(write, item.id, draft)
+    return encodeWritten(bytesOf(snapshot), revision)
+  }
+
+  async function updateItem(request: UpdateItemRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    const item = itemOf(request, violations)
+    const draft = itemDraft(item)
+    const named = itemMask(request.updateMask, 'update_mask', violations)
+    if (named !== undefined) {
+      for (const field of readOnlyFields(named)) {
+        violations.add('update_mask', `${field} is set by the server and cannot be changed`)
+      }
+    }
+    const mask =
+      request.updateMask === undefined || request.updateMask.paths.length === 0 ? setFields(draft) : named
+    // What the mask does not name is not looked at, and a part of a price is judged with the current rest of it.
+    checkDraft(merge(WHOLE, draft, mask), violations)
+    checkOptionalName(request.requestId, 'request_id', LIMITS.requestIdBytes, violations)
+    violations.throwIfAny()
+    context.id = item.id
+    const write = writeOf(context, UpdateItemRequestSchema, request)
+    const precondition = { etag: item.etag, allowMissing: request.allowMissing }
+    const { snapshot, revision } = await writer.update(write, item.id, precondition, (current) => {
+      const merged = merge(current, draft, mask)
+      const found = new Violations()
+      checkDraft(merged, found)
+      found.throwIfAny()
+      return merged
+    })
+    return encodeWritten(bytesOf(snapshot), revision)
+  }
+
+  async function deleteItem(request: DeleteItemRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    checkId(request.id, 'id', violations)
+    checkOptionalName(request.requestId, 'request_id', LIMITS.requestIdBytes, violations)
+    violations.throwIfAny()
+    context.id = request.id
+    const write = writeOf(context, DeleteItemRequestSchema, request)
+    const precondition = { etag: request.etag, allowMissing: request.allowMissing }
+    const { revision } = await writer.delete(write, request.id, precondition)
+    return create(DeleteItemResponseSchema, { revision: BigInt(revision) })
+  }
+
+  async function invalidateItems(request: InvalidateItemsRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    const target = targetOf(request, violations)
+    violations.check(request.mode in MODES, 'mode', `has the unknown value ${request.mode}`)
+    checkOptionalName(request.requestId, 'request_id', LIMITS.requestIdBytes, violations)
+    if (request.refreshOrigin) {
+      const few = target?.kind === 'ids' && target.ids.length <= MAX_REFETCH
+      violations.check(few, 'refresh_origin', `may only be set with 1 to ${MAX_REFETCH} ids`)
+    }
+    violations.throwIfAny()
+    if (target === undefined) throw new ItemCacheError('internal', 'a target was checked and is missing')
+    const write = writeOf(context, InvalidateItemsRequestSchema, request)
+    const revision = await writer.invalidate(
+      write,
+      target,
+      MODES[request.mode] ?? 'EXPIRE',
+      request.refreshOrigin,
+    )
+    return create(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
+  }
+
+  async function inspect(request: InspectItemRequest, context: CallContext): Promise<Reply> {
+    const violations = new Violations()
+    checkId(request.id, 'id', violations)
+    violations.throwIfAny()
+    context.id = request.id
+    const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
+    return create(InspectItemResponseSchema, {
+      tiers: tiers.map((found) => ({
+        tier: TIERS[found.tier],
+        present: found.present,
+        negative: found.negative ?? false,
+        current: found.verdict === 'current',
+        asOf: BigInt(found.asOf ?? 0),
+        ...(found.ageMs !== undefined && { age: toDuration(found.ageMs) }),
+        ...(found.ttlMs !== undefined && { remainingTtl: toDuration(found.ttlMs) }),
+        sizeBytes: BigInt(found.sizeBytes ?? 0),
+        skipped: found.skipped === undefined ? SkipReason.UNSPECIFIED : SKIP_REASONS[found.skipped],
+        servedByOrigin: found.tier === 'origin' && servedByOrigin,
+      })),
+      floors: {
+        tenantFloor: BigInt(floors.tenantFloor),
+        keyFloor: BigInt(floors.keyFloor),
+        tagFloors: floors.tagFloors.map(({ tag, floor }) => ({ tag, floor: BigInt(floor) })),
+        removedFloor: BigInt(floors.removedFloor),
+      },
+    })
+  }
+
+  const metrics = () => metricsMessage(frame.metrics.snapshot())
+
+  const watchMetrics: StreamHandler<WatchMetricsRequest> = async function* (request, _, signals) {
+    const signal = AbortSignal.any([signals.gone, signals.draining])
+    const violations = new Violations()
+    const intervalMs =
+      request.interval === undefined ? 1000 : durationMs(request.interval, 'interval', violations)
+    violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
+    violations.throwIfAny()
+    for (;;) {
+      yield create(WatchMetricsResponseSchema, { snapshot: metrics() })
+      await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
+    }
+  }
+
+  const on = <Request>(
+    method: string,
+    handler: (request: Request, context: CallContext) => Reply | Promise<Reply>,
+  ) => unary(frame, methodName(method), handler)
+
+  return {
+    GetItem: on('GetItem', getItem),
+    BatchGetItems: on('BatchGetItems', batchGetItems),
+    StreamItems: serverStream(frame, methodName('StreamItems'), notOffered),
+    ListItems: on('ListItems', listItems),
+    CreateItem: on('CreateItem', createItem),
+    UpdateItem: on('UpdateItem', updateItem),
+    DeleteItem: on('DeleteItem', deleteItem),
+    InvalidateItems: on('InvalidateItems', invalidateItems),
+    InspectItem: on('InspectItem', inspect),
+    GetMetrics: on('GetMetrics', () => create(GetMetricsResponseSchema, { snapshot: metrics() })),
+    WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
+    WatchInvalidations: serverStream(
+      frame,
+      methodName('WatchInvalidations'),
+      watchInvalidations(subscriptions, reader),
+    ),
+  }
+}
+
+/** More ids than this are not fetched from the origin in one call. */
+const MAX_REFETCH = 100
+
+const MODES: Readonly<Record<InvalidationMode, DomainMode>> = {
+  [InvalidationMode.UNSPECIFIED]: 'EXPIRE',
+  [InvalidationMode.EXPIRE]: 'EXPIRE',
+  [InvalidationMode.REMOVE]: 'REMOVE',
+}
+
+// biome-ignore lint/correctness/useYield: it refuses before the first message
+async function* notOffered(): AsyncGenerator<Reply> {
+  throw new ItemCacheError('unimplemented', 'this release does not offer the RPC')
+}
+
+function notFound(id: string): ItemCacheError {
+  return new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
+}
+
+function itemOf(request: { item?: Item | undefined }, violations: Violations): Item {
+  const { item } = request
+  violations.check(item !== undefined, 'item', 'is required')
+  if (item === undefined) {
+    violations.throwIfAny()
+    throw new ItemCacheError('internal', 'unreachable: the check above has thrown')
+  }
+  checkId(item.id, 'item.id', violations)
+  return item
+}
+
+function bytesOf(snapshot: Snapshot): Uint8Array {
+  if (snapshot.bytes === undefined) throw new ItemCacheError('internal', 'a write returned no item')
+  return snapshot.bytes
+}
+
+function targetOf(request: InvalidateItemsRequest, violations: Violations): InvalidationTarget | undefined {
+  const { target } = request
+  switch (target.case) {
+    case 'ids': {
+      const { ids } = target.value
+      checkListSize(ids.length, [1, LIMITS.batchIds], 'ids.ids', violations)
+      for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids.ids[${i}]`, violations)
+      return { kind: 'ids', ids: [...new Set(ids)] }
+    }
+    case 'tags': {
+      const { tags } = target.value
+      checkListSize(tags.length, [1, LIMITS.tagsPerItem], 'tags.tags', violations)
+      for (const [i, tag] of tags.slice(0, LIMITS.tagsPerItem).entries()) {
+        checkTag(tag, `tags.tags[${i}]`, violations)
+      }
+      return { kind: 'tags', tags: [...new Set(tags)] }
+    }
+    case 'all':
+      violations.check(target.value, 'all', 'must be true')
+      return { kind: 'all' }
+    default:
+      violations.add('target', 'one of ids, tags and all is required')
+      return undefined
+  }
+}
+
+function writeOf<Desc extends DescMessage>(
+  context: CallContext,
+  schema: Desc,
+  request: MessageShape<Desc> & { requestId: string; item?: Item | undefined },
+): Write {
+  const { tenant, clientId, signal } = context
+  const { requestId } = request
+  const fingerprint = requestId === '' ? '' : digest(schema, request)
+  return { tenant, requestId, fingerprint, clientId, signal }
+}
+
+/** The same for equal requests, in whatever order a client has encoded the entries of their maps. */
+function digest<Desc extends DescMessage>(
+  schema: Desc,
+  request: MessageShape<Desc> & { item?: Item | undefined },
+): string {
+  const { item } = request
+  const ordered =
+    item?.attributes === undefined
+      ? request
+      : { ...request, item: { ...item, attributes: inOrder(item.attributes) as JsonObject } }
+  return createHash('sha256').update(schema.typeName).update(toBinary(schema, ordered)).digest('base64url')
+}
+
+/** The value with the keys of every object sorted. */
+function inOrder(value: JsonValue): JsonValue {
+  if (value === null || typeof value !== 'object') return value
+  if (Array.isArray(value)) return value.map(inOrder)
+  const entries = Object.entries(value).map(([key, one]) => [key, inOrder(one)] as const)
+  return Object.fromEntries(entries.sort(([a], [b]) => (a < b ? -1 : 1)))
+}
+
+/** Ends shortly before the caller's own time does, or with it. The signal is made when first asked for. */
+class Patience implements Disposable {
+  readonly #context: CallContext
+  #signal: AbortSignal | undefined
+  #timer: NodeJS.Timeout | undefined
+
+  constructor(context: CallContext) {
+    this.#context = context
+  }
+
+  get signal(): AbortSignal {
+    if (this.#signal === undefined) {
+      const over = new AbortController()
+      this.#timer = setTimeout(() => over.abort(deadlinePassed()), this.#context.remainingMs * 0.95)
+      this.#signal = AbortSignal.any([this.#context.signal, over.signal])
+    }
+    return this.#signal
+  }
+
+  [Symbol.dispose](): void {
+    clearTimeout(this.#timer)
+  }
+}

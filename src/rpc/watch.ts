@@ -1,0 +1,180 @@
+/** WatchInvalidations: the log as a stream of messages. */
+import { create, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
+import { BinaryWriter, WireType } from '@bufbuild/protobuf/wire'
+import { timestampFromMs } from '@bufbuild/protobuf/wkt'
+import {
+  InvalidationEventSchema,
+  InvalidationKind,
+  InvalidationMode,
+  type WatchInvalidationsRequest,
+  WatchInvalidationsResponseSchema,
+} from '../gen/itemcache/v1/item_cache_pb.ts'
+import type { Subscriptions, WatchMessage, WatchRequest } from '../invalidation/subscriptions.ts'
+import { LIMITS } from '../item.ts'
+import { DEFAULT_READ, type Reader } from '../service/read.ts'
+import type { LogEntry } from '../tiers/tier.ts'
+import type { CallContext, StreamHandler } from './call.ts'
+import type { Reply } from './service-definition.ts'
+import { toDuration } from './status.ts'
+import {
+  checkId,
+  checkListSize,
+  checkOptionalName,
+  checkTag,
+  durationMs,
+  toRevision,
+  Violations,
+} from './validate.ts'
+
+const DEFAULT_HEARTBEAT_MS = 500
+/** `include_items` adds items to a batch up to this many bytes, so that a message stays below a client's 4 MiB. */
+const MAX_ITEMS_BYTES = 2 * 1024 * 1024
+
+export function watchInvalidations(
+  subscriptions: Subscriptions,
+  reader: Reader,
+): StreamHandler<WatchInvalidationsRequest> {
+  return async function* (request, context, { gone, draining }) {
+    const watch = watchRequest(request, context)
+    for await (const message of subscriptions.watch(watch, gone, draining)) {
+      if (message.kind === 'batch' && request.includeItems) {
+        const items = await itemsOf(message.rows, watch.tenant, reader, gone)
+        yield encodeBatch(message.rows, items)
+      } else yield encode(message)
+    }
+  }
+}
+
+function watchRequest(request: WatchInvalidationsRequest, context: CallContext): WatchRequest {
+  const violations = new Violations()
+  const { resumeAfter, ids, tags, heartbeatInterval, maxBatchDelay, clientId, excludeOwnWrites } = request
+  if (resumeAfter !== undefined) {
+    violations.check(resumeAfter >= 0n, 'resume_after', `must not be negative, got ${resumeAfter}`)
+  }
+  checkListSize(ids.length, [0, LIMITS.batchIds], 'ids', violations)
+  for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids[${i}]`, violations)
+  checkListSize(tags.length, [0, LIMITS.tagsPerItem], 'tags', violations)
+  for (const [i, tag] of tags.slice(0, LIMITS.tagsPerItem).entries()) checkTag(tag, `tags[${i}]`, violations)
+  const heartbeatMs =
+    heartbeatInterval === undefined
+      ? DEFAULT_HEARTBEAT_MS
+      : durationMs(heartbeatInterval, 'heartbeat_interval', violations)
+  violations.check(
+    heartbeatMs >= 100 && heartbeatMs <= 60_000,
+    'heartbeat_interval',
+    'must be 100 ms to 1 min',
+  )
+  const maxBatchDelayMs =
+    maxBatchDelay === undefined ? 0 : durationMs(maxBatchDelay, 'max_batch_delay', violations)
+  violations.check(maxBatchDelayMs >= 0 && maxBatchDelayMs <= 1000, 'max_batch_delay', 'must be 0 to 1 s')
+  checkOptionalName(clientId, 'client_id', LIMITS.requestIdBytes, violations)
+  violations.check(!excludeOwnWrites || clientId !== '', 'client_id', 'is required with exclude_own_writes')
+  violations.throwIfAny()
+  return {
+    tenant: context.tenant,
+    resumeAfter: resumeAfter === undefined ? undefined : toRevision(resumeAfter),
+    ids: new Set(ids),
+    tags: new Set(tags),
+    heartbeatMs,
+    maxBatchDelayMs,
+    exceptWriter: excludeOwnWrites ? clientId : undefined,
+    connection: context.peer,
+  }
+}
+
+/** Batches that were encoded before: watchers at the same cursor share the array of rows. */
+const encoded = new WeakMap<readonly LogEntry[], Uint8Array>()
+
+function encode(message: WatchMessage): Reply {
+  switch (message.kind) {
+    case 'batch': {
+      let bytes = encoded.get(message.rows)
+      if (bytes === undefined) {
+        bytes = encodeBatch(message.rows, undefined)
+        encoded.set(message.rows, bytes)
+      }
+      return bytes
+    }
+    case 'started':
+      return event({
+        case: 'started',
+        value: {
+          position: BigInt(message.position),
+          oldestResumable: BigInt(message.oldestResumable),
+          heartbeatInterval: toDuration(message.heartbeatMs),
+        },
+      })
+    case 'heartbeat':
+      return event({ case: 'heartbeat', value: { revision: BigInt(message.revision) } })
+    case 'gap':
+      return event({ case: 'gap', value: { after: BigInt(message.after), through: BigInt(message.through) } })
+    case 'draining':
+      return event({ case: 'draining', value: { position: BigInt(message.position) } })
+  }
+}
+
+function event(init: NonNullable<MessageInitShape<typeof WatchInvalidationsResponseSchema>['event']>): Reply {
+  return create(WatchInvalidationsResponseSchema, { event: init })
+}
+
+const BATCH_FIELD = 2
+const EVENTS_FIELD = 1
+const ITEMS_FIELD = 6
+
+function encodeBatch(
+  rows: readonly LogEntry[],
+  items: ReadonlyMap<string, Uint8Array> | undefined,
+): Uint8Array {
+  const writer = new BinaryWriter()
+  writer.tag(BATCH_FIELD, WireType.LengthDelimited).fork()
+  for (const row of rows) {
+    writer.tag(EVENTS_FIELD, WireType.LengthDelimited).fork()
+    writer.raw(toBinary(InvalidationEventSchema, create(InvalidationEventSchema, eventInit(row))))
+    if (items !== undefined && row.kind === 'UPSERTED') {
+      for (const id of row.ids) {
+        const item = items.get(id)
+        if (item !== undefined) writer.tag(ITEMS_FIELD, WireType.LengthDelimited).bytes(item)
+      }
+    }
+    writer.join()
+  }
+  return writer.join().finish()
+}
+
+function eventInit(row: LogEntry): MessageInitShape<typeof InvalidationEventSchema> {
+  return {
+    revision: BigInt(row.revision),
+    kind: InvalidationKind[row.kind],
+    mode: InvalidationMode[row.mode],
+    ids: [...row.ids],
+    tags: [...row.tags],
+    commitTime: timestampFromMs(row.committedAtMs),
+    clientId: row.writer,
+  }
+}
+
+/** The items that a batch has written, as of the batch or later; as many as fit. Absent ones are left out. */
+async function itemsOf(
+  rows: readonly LogEntry[],
+  tenant: string,
+  reader: Reader,
+  signal: AbortSignal,
+): Promise<ReadonlyMap<string, Uint8Array>> {
+  const minRevision = rows.at(-1)?.revision ?? 0
+  const ids = [...new Set(rows.flatMap((row) => (row.kind === 'UPSERTED' ? row.ids : [])))]
+  const items = new Map<string, Uint8Array>()
+  let bytes = 0
+  for (let i = 0; i < ids.length && bytes < MAX_ITEMS_BYTES; i += LIMITS.batchIds) {
+    const answers = await Promise.all(
+      ids
+        .slice(i, i + LIMITS.batchIds)
+        .map((id) => reader.read(tenant, id, { ...DEFAULT_READ, minRevision, allowStale: false }, signal)),
+    )
+    for (const { copy } of answers) {
+      if (copy?.bytes === undefined) continue
+      bytes += copy.bytes.byteLength
+      if (bytes < MAX_ITEMS_BYTES) items.set(copy.id, copy.bytes)
+    }
+  }
+  return items
+}

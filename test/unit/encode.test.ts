@@ -1,0 +1,313 @@
+import {
+  create,
+  type DescMessage,
+  fromBinary,
+  type JsonObject,
+  type MessageInitShape,
+  toBinary,
+} from '@bufbuild/protobuf'
+import { durationMs } from '@bufbuild/protobuf/wkt'
+import { status } from '@grpc/grpc-js'
+import fc from 'fast-check'
+import { describe, expect, test } from 'vitest'
+import { ItemCacheError } from '../../src/errors.ts'
+import {
+  BatchGetItemsResponseSchema,
+  CacheOutcome,
+  type CacheStatus,
+  CacheStatusSchema,
+  CreateItemResponseSchema,
+  GetItemResponseSchema,
+  type Item,
+  ItemSchema,
+  ItemSource,
+  ListItemsResponseSchema,
+  SkipReason,
+  StaleReason,
+  Tier,
+  UpdateItemResponseSchema,
+} from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import {
+  type BatchResult,
+  cacheStatus,
+  encodeBatch,
+  encodeGetItem,
+  encodeList,
+  encodePage,
+  encodeWritten,
+  type GetItemResult,
+  masked,
+} from '../../src/rpc/encode.ts'
+import type { Answer } from '../../src/service/read.ts'
+import type { Copy } from '../../src/tiers/tier.ts'
+
+const duration = fc.record({
+  seconds: fc.bigInt({ min: 0n, max: 315_576_000_000n }),
+  nanos: fc.nat(999_999_999),
+})
+const text = fc.string({ unit: 'binary', maxLength: 20 })
+const int64 = fc.bigInt({ min: -(2n ** 63n), max: 2n ** 63n - 1n })
+const revision = fc.maxSafeNat()
+const oneOf = <T>(values: Readonly<Record<string, T>>) => fc.constantFrom(...Object.values(values))
+
+/** A message's init with any of its fields left out. */
+const partly = <T>(fields: { [K in keyof T]: fc.Arbitrary<T[K]> }) =>
+  fc.record<T, never>(fields, { requiredKeys: [] })
+
+const cache: fc.Arbitrary<CacheStatus> = partly({
+  tier: oneOf(Tier),
+  outcome: oneOf(CacheOutcome),
+  staleReason: oneOf(StaleReason),
+  coalesced: fc.boolean(),
+  age: duration,
+  freshFor: duration,
+  skippedTiers: fc.array(fc.record({ tier: oneOf(Tier), reason: oneOf(SkipReason) }), { maxLength: 3 }),
+  asOf: int64,
+}).map((init) => create(CacheStatusSchema, init))
+
+const attributes = fc
+  .dictionary(text, fc.jsonValue({ maxDepth: 2, noUnicodeString: false }), { maxKeys: 4 })
+  .map((value) => JSON.parse(JSON.stringify(value)) as JsonObject)
+
+const item: fc.Arbitrary<Item> = partly({
+  id: text,
+  title: text,
+  description: text,
+  category: text,
+  imageUri: text,
+  price: fc.record({ currencyCode: text, units: int64, nanos: fc.integer() }),
+  rating: fc.record({ rate: fc.double(), count: int64 }),
+  tags: fc.array(text, { maxLength: 4 }),
+  attributes,
+  etag: text,
+  revision: int64,
+  createTime: duration,
+  updateTime: duration,
+  source: oneOf(ItemSource),
+}).map((init) => create(ItemSchema, init))
+
+const encoded = (one: Item) => toBinary(ItemSchema, one)
+
+const snapshot = (one: Item) => ({
+  id: one.id,
+  asOf: 0,
+  state: 'present' as const,
+  bytes: encoded(one),
+  revision: 0,
+  tags: [],
+})
+
+/** Whether the bytes say what the message says. */
+function same<Desc extends DescMessage>(schema: Desc, bytes: Uint8Array, init: MessageInitShape<Desc>): void {
+  expect(fromBinary(schema, bytes)).toEqual(fromBinary(schema, toBinary(schema, create(schema, init))))
+}
+
+describe('a response that is put together by hand is the one that the generated code makes', () => {
+  test('of GetItem', () => {
+    const result = fc.oneof(
+      fc.record({ kind: fc.constant('item' as const), item }),
+      fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
+    )
+    fc.assert(
+      fc.property(result, cache, revision, (one, cached, at) => {
+        const given: GetItemResult = one.kind === 'item' ? { kind: 'item', bytes: encoded(one.item) } : one
+        same(GetItemResponseSchema, encodeGetItem(given, cached, at), {
+          ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
+          ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
+          cache: cached,
+          revision: BigInt(at),
+        })
+      }),
+    )
+  })
+
+  test('of BatchGetItems', () => {
+    const CODES = {
+      'not-found': status.NOT_FOUND,
+      'ahead-of-log': status.OUT_OF_RANGE,
+      unavailable: status.UNAVAILABLE,
+      timeout: status.DEADLINE_EXCEEDED,
+      exhausted: status.RESOURCE_EXHAUSTED,
+    } as const
+    const error = fc
+      .record({
+        code: fc.constantFrom(...(Object.keys(CODES) as (keyof typeof CODES)[])),
+        message: text,
+        reason: fc.option(text, { nil: undefined }),
+        retryAfterMs: fc.option(fc.nat(100_000), { nil: undefined }),
+      })
+      .map(
+        ({ code, message, reason, retryAfterMs }) =>
+          new ItemCacheError(code, message, {
+            ...(reason !== undefined && { reason }),
+            ...(retryAfterMs !== undefined && { retryAfterMs }),
+          }),
+      )
+    const result = fc.record({
+      id: text,
+      result: fc.oneof(item, error, fc.constant(undefined)),
+      cache: fc.option(cache, { nil: undefined }),
+    })
+    fc.assert(
+      fc.property(fc.array(result, { maxLength: 6 }), (results) => {
+        const given = results.map(
+          (one): BatchResult => ({
+            ...one,
+            result: one.result instanceof ItemCacheError || !one.result ? one.result : encoded(one.result),
+          }),
+        )
+        same(BatchGetItemsResponseSchema, encodeBatch(given), {
+          results: results.map((one) => ({
+            id: one.id,
+            ...(one.result instanceof ItemCacheError
+              ? {
+                  result: {
+                    case: 'error' as const,
+                    value: {
+                      code: CODES[one.result.code as keyof typeof CODES],
+                      reason: one.result.reason,
+                      message: one.result.message,
+                      ...(one.result.retryAfterMs !== undefined && {
+                        retryDelay: {
+                          seconds: BigInt(Math.floor(one.result.retryAfterMs / 1000)),
+                          nanos: (one.result.retryAfterMs % 1000) * 1_000_000,
+                        },
+                      }),
+                    },
+                  },
+                }
+              : one.result && { result: { case: 'item' as const, value: one.result } }),
+            ...(one.cache && { cache: one.cache }),
+          })),
+        })
+      }),
+    )
+  })
+
+  test('of ListItems', () => {
+    fc.assert(
+      fc.property(fc.array(item, { maxLength: 5 }), text, revision, cache, (items, token, at, cached) => {
+        same(
+          ListItemsResponseSchema,
+          encodeList(encodePage({ items: items.map(snapshot), nextPageToken: token }), at, cached),
+          {
+            items,
+            nextPageToken: token,
+            revision: BigInt(at),
+            cache: cached,
+          },
+        )
+      }),
+    )
+  })
+
+  test('of CreateItem and UpdateItem', () => {
+    fc.assert(
+      fc.property(item, revision, (one, at) => {
+        for (const schema of [CreateItemResponseSchema, UpdateItemResponseSchema]) {
+          same(schema, encodeWritten(encoded(one), at), { item: one, revision: BigInt(at) })
+        }
+      }),
+    )
+  })
+})
+
+test('an item that is not cut keeps its very bytes', () => {
+  const bytes = encoded(create(ItemSchema, { id: 'a', title: 'A' }))
+  expect(masked(bytes, undefined)).toBe(bytes)
+  expect(fromBinary(ItemSchema, masked(bytes, new Map([['id', 'all']])))).toEqual(
+    create(ItemSchema, { id: 'a' }),
+  )
+})
+
+describe('the cache status', () => {
+  const copy: Copy = {
+    id: 'a',
+    asOf: 7,
+    bytes: new Uint8Array(1),
+    revision: 5,
+    tags: [],
+    verifiedAtMs: 1000,
+    freshUntilMs: 61_000,
+  }
+  const answer: Answer = {
+    copy,
+    tier: 'memory',
+    outcome: 'HIT',
+    staleReason: undefined,
+    coalesced: false,
+    skipped: [],
+  }
+
+  test('tells age, remaining freshness and revision by the reader’s clock', () => {
+    const message = cacheStatus(answer, 3500.25)
+    expect(message).toMatchObject({
+      tier: Tier.MEMORY,
+      outcome: CacheOutcome.HIT,
+      asOf: 7n,
+      coalesced: false,
+    })
+    expect(message.staleReason).toBe(StaleReason.UNSPECIFIED)
+    expect(message.age && durationMs(message.age)).toBe(2500)
+    expect(message.age?.nanos).toBe(500_250_000)
+    expect(message.freshFor && durationMs(message.freshFor)).toBe(57_500)
+  })
+
+  test.each([
+    ['memory', Tier.MEMORY],
+    ['redis', Tier.REDIS],
+    ['postgres', Tier.POSTGRES],
+    ['origin', Tier.ORIGIN],
+    [undefined, Tier.UNSPECIFIED],
+  ] as const)('names the tier %s', (tier, expected) => {
+    expect(cacheStatus({ ...answer, tier }, 0).tier).toBe(expected)
+  })
+
+  test.each([
+    ['HIT', CacheOutcome.HIT],
+    ['MISS', CacheOutcome.MISS],
+    ['STALE', CacheOutcome.STALE],
+    ['NEGATIVE_HIT', CacheOutcome.NEGATIVE_HIT],
+    ['BYPASS', CacheOutcome.BYPASS],
+  ] as const)('names the outcome %s', (outcome, expected) => {
+    expect(cacheStatus({ ...answer, outcome }, 0).outcome).toBe(expected)
+  })
+
+  test('says why a stale copy was served, and no remaining freshness', () => {
+    const stale = { ...answer, outcome: 'STALE', coalesced: true } as const
+    for (const [staleReason, expected] of [
+      ['REVALIDATING', StaleReason.REVALIDATING],
+      ['TIER_DOWN', StaleReason.TIER_DOWN],
+    ] as const) {
+      const message = cacheStatus({ ...stale, staleReason }, 90_000)
+      expect(message).toMatchObject({ staleReason: expected, coalesced: true })
+      expect(message.freshFor).toBeUndefined()
+    }
+  })
+
+  test('lists the tiers that were skipped', () => {
+    const skipped = [
+      { tier: 'redis', reason: 'off' },
+      { tier: 'redis', reason: 'timeout' },
+      { tier: 'postgres', reason: 'down' },
+    ] as const
+    expect(cacheStatus({ ...answer, skipped }, 0).skippedTiers).toMatchObject([
+      { tier: Tier.REDIS, reason: SkipReason.OFF },
+      { tier: Tier.REDIS, reason: SkipReason.TIMEOUT },
+      { tier: Tier.POSTGRES, reason: SkipReason.DOWN },
+    ])
+  })
+
+  test('has no age and no revision when no tier answered', () => {
+    const message = cacheStatus({ ...answer, copy: undefined, tier: undefined, outcome: 'MISS' }, 5000)
+    expect(message).toMatchObject({ tier: Tier.UNSPECIFIED, asOf: 0n })
+    expect(message.age).toBeUndefined()
+    expect(message.freshFor).toBeUndefined()
+  })
+
+  test('never shows a negative time', () => {
+    const message = cacheStatus(answer, 0)
+    expect(message.age).toMatchObject({ seconds: 0n, nanos: 0 })
+    expect(cacheStatus(answer, 90_000).freshFor).toMatchObject({ seconds: 0n, nanos: 0 })
+  })
+})
