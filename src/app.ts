@@ -1,0 +1,395 @@
+/** The composition root: constructs everything, in the order in which it is needed, and disposes it in reverse. */
+import { setTimeout as sleep } from 'node:timers/promises'
+import { type Config, formatAddress, type HostPort, withoutPasswords } from './config.ts'
+import { startCatalogue } from './embedded/catalogue.ts'
+import { startPostgres } from './embedded/postgres.ts'
+import { startRedis } from './embedded/redis.ts'
+import { ItemCacheError } from './errors.ts'
+import { Subscriptions } from './invalidation/subscriptions.ts'
+import { Tail } from './invalidation/tail.ts'
+import { startAdmin } from './observe/admin.ts'
+import type { Logger } from './observe/log.ts'
+import { Metrics } from './observe/metrics.ts'
+import { prometheusText } from './observe/prometheus.ts'
+import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
+import { Probe } from './service/probe.ts'
+import { Reader } from './service/read.ts'
+import { Writer } from './service/write.ts'
+import { MemoryTier } from './tiers/memory.ts'
+import { FakeStoreOrigin } from './tiers/origin.ts'
+import { connectPostgres, type PostgresTier } from './tiers/postgres.ts'
+import { REDIS_OFF, RedisTier } from './tiers/redis.ts'
+import { describeRedis } from './tiers/redis-url.ts'
+import type { LogSource, TierName } from './tiers/tier.ts'
+
+/** A running service. Disposing it drains the calls under way and stops what it started. */
+export interface App extends AsyncDisposable {
+  /** Where gRPC is served, with the port that was really bound. */
+  readonly address: HostPort
+  /** Where health and metrics are served over HTTP; `undefined` when that is off. */
+  readonly admin: HostPort | undefined
+  /** What each tier is, in words for the start banner. */
+  readonly tiers: Readonly<Record<TierName, string>>
+  /** What else an operator should know. */
+  readonly notes: readonly string[]
+  readonly metrics: Metrics
+}
+
+/** What the outside world gives to a service. */
+export interface AppOptions {
+  readonly log: Logger
+  /** Ends a start that waits for PostgreSQL. */
+  readonly signal?: AbortSignal
+  /** Told about the steps of a start that may take long. */
+  readonly progress?: (line: string) => void
+  /** Monotonic, milliseconds. Default: `performance.now`. */
+  readonly now?: () => number
+  /** Uniform in [0, 1). Default: `Math.random`. */
+  readonly random?: () => number
+}
+
+/** What a database that is still starting looks like. */
+const STARTING: ReadonlySet<string> = new Set(['POSTGRES_UNAVAILABLE', 'POSTGRES_TIMEOUT'])
+/** How long a start waits for a PostgreSQL that does not answer yet. */
+const POSTGRES_PATIENCE_MS = 30_000
+/** The heartbeat and safety net of the tail: well within the 1.5 s that a view may go without news. */
+const POLL_MS = 500
+/** A tenant that nobody reads for this long is no longer followed. */
+const TENANT_IDLE_MS = 300_000
+/** How long a start waits for Redis. */
+const REDIS_PATIENCE_MS = 1_000
+/** How long a stop waits for loads and stores that no caller waits for any more: an origin may take its time. */
+const SETTLE_PATIENCE_MS = 1_000
+const TRIM_STEP_ROWS = 1_000
+const TRIM_BUSY_MS = 100
+const TRIM_IDLE_MS = 60_000
+const HEALTH_INTERVAL_MS = 1_000
+
+/** Starts the service. Throws an `ItemCacheError` whose message tells the operator what is wrong. */
+export async function startApp(config: Config, options: AppOptions): Promise<App> {
+  const { log, progress = () => {}, now = () => performance.now(), random = Math.random } = options
+  const { ttl, timeouts, pools, bounds } = config
+  await using started = new AsyncDisposableStack()
+  const metrics = new Metrics({ methods: RPC_METHODS })
+
+  const servers = await startServers(config, started, progress)
+  const postgres = started.use(
+    await patiently(options.signal, progress, () =>
+      connectPostgres({
+        url: servers.postgres.url,
+        maxConnections: pools.postgres,
+        connectTimeoutMs: timeouts.postgresConnectMs,
+        statementTimeoutMs: timeouts.postgresStatementMs,
+        random,
+        onConnectionError: (error) => log.warn({ err: error }, 'a PostgreSQL connection broke'),
+      }),
+    ),
+  )
+
+  const memory = new MemoryTier({
+    maxEntries: config.memory.maxEntries,
+    maxBytes: config.memory.maxBytes,
+    maxStaleMs: ttl.maxStaleMs,
+    now,
+  })
+  const redis =
+    servers.redis.url === undefined
+      ? undefined
+      : started.use(
+          new RedisTier({
+            url: servers.redis.url,
+            prefix: `${await postgres.systemId()}-${config.redisEpoch}`,
+            now,
+            random,
+            ttlMs: ttl.redisMs,
+            jitter: ttl.jitter,
+            commandTimeoutMs: timeouts.redisMs,
+            onStateChange: (state, reason) => {
+              if (state === 'ready') log.info({ tier: 'redis' }, 'Redis is ready')
+              else log.warn({ tier: 'redis', reason }, 'Redis is down: the service goes on without it')
+            },
+          }),
+        )
+  // So that the banner can tell its state; a Redis that is slow to answer holds nobody up for long.
+  if (redis !== undefined) await Promise.race([redis.settled(), sleep(REDIS_PATIENCE_MS)])
+  const origin =
+    servers.origin.url === undefined
+      ? undefined
+      : new FakeStoreOrigin({
+          url: servers.origin.url,
+          timeoutMs: timeouts.originMs,
+          maxConcurrent: pools.originConcurrency,
+          random,
+        })
+  const tail = started.use(
+    new Tail({
+      source: postgres,
+      metrics,
+      log,
+      now,
+      pollMs: POLL_MS,
+      maxTenants: bounds.tenants,
+      maxFloors: bounds.floorsPerTenant,
+      maxTotalFloors: 10 * bounds.floorsPerTenant,
+      idleMs: TENANT_IDLE_MS,
+      exclusive: (tenant, section) => memory.exclusive(tenant, section),
+    }),
+  )
+  const subscriptions = new Subscriptions({
+    tail,
+    source: postgres,
+    metrics,
+    limits: config.subscriptions,
+  })
+  await tail.start()
+  started.use(keepTrimmed(postgres, config.retention, log))
+  observe(metrics, memory)
+
+  const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
+  const parts = { probe, memory, redis: redis ?? REDIS_OFF, postgres, origin, tail, metrics }
+  const reader = new Reader(parts, {
+    freshForMs: ttl.freshForMs,
+    negativeTtlMs: ttl.negativeMs,
+    jitter: ttl.jitter,
+    maxStaleMs: ttl.maxStaleMs,
+    softTimeoutMs: timeouts.softMs,
+    now,
+    random,
+  })
+  started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
+  const writer = new Writer({ reader, postgres, origin, tail })
+
+  let postgresAnswers = true
+  const isServing = () => postgresAnswers || redis?.state === 'ready' || memory.stats().entries > 0
+  const admin =
+    config.admin &&
+    started.use(
+      await startAdmin({
+        ...config.admin,
+        metrics: prometheusText(metrics, config.version),
+        ready: async () => ({
+          ready: isServing(),
+          detail: {
+            memory: { entries: memory.stats().entries },
+            redis: redis?.state ?? 'off',
+            postgres: postgresAnswers ? 'ready' : 'down',
+            origin: origin === undefined ? 'off' : 'on',
+          },
+        }),
+        onError: (error) => log.error({ err: error }, 'the admin server failed'),
+      }),
+    )
+  const grpc = await startGrpcServer(
+    {
+      listen: config.listen,
+      grpc: config.grpc,
+      reflection: config.reflection,
+      frame: { log, metrics, now, maxDeadlineMs: timeouts.maxDeadlineMs },
+    },
+    { reader, writer, postgres, subscriptions, inspected: parts },
+  )
+  started.defer(async () => {
+    log.info('draining')
+    await grpc.drain(timeouts.drainMs)
+  })
+  started.use(
+    watchPostgres(postgres, (answers) => {
+      if (answers !== postgresAnswers) {
+        if (answers) log.info({ tier: 'postgres' }, 'PostgreSQL answers again')
+        else log.warn({ tier: 'postgres' }, 'PostgreSQL does not answer: warm items are still served')
+      }
+      postgresAnswers = answers
+      grpc.setServing(isServing())
+    }),
+  )
+
+  const running = started.move()
+  return {
+    address: grpc.address,
+    admin: admin?.address,
+    tiers: {
+      memory: `up to ${config.memory.maxEntries} items`,
+      redis: redis === undefined ? 'off' : `${servers.redis.description}, ${redis.state}`,
+      postgres: servers.postgres.description,
+      origin: servers.origin.description,
+    },
+    notes: servers.notes,
+    metrics,
+    [Symbol.asyncDispose]: () => running.disposeAsync(),
+  }
+}
+
+/** Where a tier's server is, and in words. */
+interface Server {
+  /** `undefined`: the tier is off. */
+  readonly url: string | undefined
+  readonly description: string
+}
+
+/** The servers that the configuration names; the embedded ones are started. */
+async function startServers(
+  { database, redis, origin, dataDir }: Config,
+  started: AsyncDisposableStack,
+  progress: (line: string) => void,
+) {
+  const notes: string[] = []
+  const startDatabase = async (): Promise<Server & { url: string }> => {
+    if (database.kind === 'url') return { url: database.url, description: withoutPasswords(database.url) }
+    const server = started.use(await startPostgres({ dataDir, log: progress }))
+    notes.push(...server.notes)
+    return { url: server.url, description: `private PostgreSQL ${server.version} in ${dataDir}` }
+  }
+  const startCache = async (): Promise<Server> => {
+    if (redis.kind === 'off') return { url: undefined, description: 'off' }
+    if (redis.kind !== 'embedded') {
+      return { url: redis.url, description: describeRedis(redis.url) }
+    }
+    const server = await startRedis({ dataDir, log: progress })
+    if ('unavailable' in server) {
+      notes.push(server.unavailable)
+      return { url: undefined, description: 'off' }
+    }
+    started.use(server)
+    return { url: server.url, description: `private ${server.version}` }
+  }
+  const startOrigin = async (): Promise<Server> => {
+    if (origin.kind === 'off') return { url: undefined, description: 'off' }
+    if (origin.kind === 'url') return { url: origin.url, description: withoutPasswords(origin.url) }
+    const server = started.use(await startCatalogue())
+    return { url: server.url, description: 'bundled catalogue of 20 products' }
+  }
+  // All are awaited, so that what has started is disposed when another one fails.
+  const [postgresServer, redisServer, originServer] = await Promise.allSettled([
+    startDatabase(),
+    startCache(),
+    startOrigin(),
+  ])
+  for (const result of [postgresServer, redisServer, originServer]) {
+    if (result.status === 'rejected') throw result.reason
+  }
+  if (
+    postgresServer.status === 'rejected' ||
+    redisServer.status === 'rejected' ||
+    originServer.status === 'rejected'
+  ) {
+    throw new ItemCacheError('internal', 'unreachable: a rejected start has been thrown')
+  }
+  return {
+    postgres: postgresServer.value,
+    redis: redisServer.value,
+    origin: originServer.value,
+    notes,
+  }
+}
+
+/** Connects, waiting for a database that is still starting. */
+async function patiently<T>(
+  signal: AbortSignal | undefined,
+  progress: (line: string) => void,
+  connect: () => Promise<T>,
+): Promise<T> {
+  const until = performance.now() + POSTGRES_PATIENCE_MS
+  for (;;) {
+    try {
+      return await connect()
+    } catch (error) {
+      const mayHelp = error instanceof ItemCacheError && STARTING.has(error.reason)
+      if (!mayHelp || performance.now() > until) throw withCause(error)
+      progress(`Waiting for PostgreSQL (${withCause(error).message})`)
+      await sleep(1_000, undefined, { ...(signal && { signal }) }).catch(() => {
+        throw new ItemCacheError('cancelled', 'stopped before PostgreSQL answered')
+      })
+    }
+  }
+}
+
+/** For the operator, whom the driver's own words help; callers never see them. */
+function withCause(error: unknown): Error {
+  if (!(error instanceof ItemCacheError) || !(error.cause instanceof Error)) return error as Error
+  const { message, code } = error.cause as Error & { code?: string }
+  const detail = withoutPasswords(message || (code ?? ''))
+  return new ItemCacheError(error.code, `${error.message}: ${detail}`, {
+    reason: error.reason,
+    cause: error.cause,
+  })
+}
+
+/** Asks the database now and then, for health and for the log. */
+function watchPostgres(postgres: PostgresTier, tell: (answers: boolean) => void): Disposable {
+  let asking = false
+  const timer = setInterval(() => {
+    if (asking) return
+    asking = true
+    postgres
+      .ping()
+      .then(
+        () => tell(true),
+        () => tell(false),
+      )
+      .finally(() => {
+        asking = false
+      })
+  }, HEALTH_INTERVAL_MS)
+  timer.unref()
+  return { [Symbol.dispose]: () => clearInterval(timer) }
+}
+
+/** Trims the log and the remembered requests in small steps, for as long as a step finds something to do. */
+function keepTrimmed(source: LogSource, retention: Config['retention'], log: Logger): AsyncDisposable {
+  const closing = new AbortController()
+  const { signal } = closing
+  const trim = async () => {
+    while (!signal.aborted) {
+      const trimmed = await source
+        .trim({ ...retention, step: TRIM_STEP_ROWS }, signal)
+        .catch((error: unknown) => {
+          if (signal.aborted) return 0
+          log.warn({ err: error }, 'the log could not be trimmed')
+          return 0
+        })
+      const pauseMs = trimmed > 0 ? TRIM_BUSY_MS : TRIM_IDLE_MS
+      await sleep(pauseMs, undefined, { signal, ref: false }).catch(() => {})
+    }
+  }
+  const trimming = trim()
+  return {
+    async [Symbol.asyncDispose]() {
+      closing.abort()
+      await trimming
+    },
+  }
+}
+
+function observe(metrics: Metrics, memory: MemoryTier): void {
+  metrics.tiers.memory.gauges = () => {
+    const { entries, bytes, evictions, expirations } = memory.stats()
+    return { entries, bytes, evictions: evictions.entries + evictions.bytes, expirations }
+  }
+}
+
+/** The lines that a successful start prints; the last one is for machines. */
+export function banner(app: App): string {
+  const address = formatAddress(app.address)
+  const { memory, redis, postgres, origin } = app.tiers
+  return [
+    `ItemCache serves gRPC on ${address}${app.admin ? `, health and metrics on http://${formatAddress(app.admin)}` : ''}`,
+    '',
+    `  memory     ${memory}`,
+    `  Redis      ${redis}`,
+    `  PostgreSQL ${postgres}`,
+    `  origin     ${origin}`,
+    ...app.notes.map((note) => `  note       ${note}`),
+    '',
+    'Try it:',
+    `  grpcurl -plaintext -d '{"id": "1"}' ${address} itemcache.v1.ItemCacheService/GetItem`,
+    '  npm run itemcache -- get 1',
+    '',
+    JSON.stringify({
+      ready: true,
+      grpc: address,
+      admin: app.admin === undefined ? 'off' : formatAddress(app.admin),
+      tiers: app.tiers,
+    }),
+    '',
+  ].join('\n')
+}

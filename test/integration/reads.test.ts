@@ -1,0 +1,454 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { status } from '@grpc/grpc-js'
+import pg from 'pg'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import {
+  CacheOutcome,
+  Freshness,
+  ItemSource,
+  SkipReason,
+  StaleReason,
+  Tier,
+} from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { freshDatabase, freshPostgres, freshRedis } from '../support/servers.ts'
+import { startService, type TestService } from '../support/service.ts'
+
+const seconds = (n: number) => ({ seconds: BigInt(n), nanos: 0 })
+
+describe('a read', () => {
+  let service: TestService
+  const get = (id: string, rest: object = {}) => service.client.call('getItem', { id, ...rest })
+
+  beforeAll(async () => {
+    service = await startService()
+  })
+  afterAll(() => service?.[Symbol.asyncDispose]())
+
+  test('travels from the origin through PostgreSQL and Redis to memory', async () => {
+    const first = await get('1')
+    expect(first.cache).toMatchObject({ tier: Tier.ORIGIN, outcome: CacheOutcome.MISS })
+    expect(first.result.case).toBe('item')
+    expect(first.result.value).toMatchObject({ id: '1', source: ItemSource.ORIGIN })
+    expect(first.revision).toBeGreaterThan(0n)
+
+    const second = await get('1')
+    expect(second.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
+    expect(second.result).toEqual(first.result)
+
+    // A second instance on the same PostgreSQL and Redis finds it in Redis.
+    await using other = await startService({ databaseUrl: service.databaseUrl })
+    const third = await other.client.call('getItem', { id: '1' })
+    expect(third.cache?.tier).toBe(Tier.REDIS)
+    expect(third.result).toEqual(first.result)
+
+    // And one without Redis finds it in PostgreSQL.
+    await using lonely = await startService({ databaseUrl: service.databaseUrl, env: { REDIS_URL: 'off' } })
+    const fourth = await lonely.client.call('getItem', { id: '1' })
+    expect(fourth.cache?.tier).toBe(Tier.POSTGRES)
+    expect(fourth.cache?.skippedTiers).toMatchObject([{ tier: Tier.REDIS, reason: SkipReason.OFF }])
+    expect(lonely.catalogue.requests.size).toBe(0)
+  })
+
+  test('of an absent item is NOT_FOUND, says which tier said so, and is remembered for a short time', async () => {
+    const first = await service.client.failure('getItem', { id: '999999' })
+    expect(first).toMatchObject({
+      code: status.NOT_FOUND,
+      info: { reason: 'ITEM_NOT_FOUND', domain: 'itemcache.v1' },
+    })
+    expect(first.cache).toMatchObject({ tier: Tier.ORIGIN, outcome: CacheOutcome.MISS })
+    const second = await service.client.failure('getItem', { id: '999999' })
+    expect(second.code).toBe(status.NOT_FOUND)
+    expect(second.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.NEGATIVE_HIT })
+    expect(second.cache?.freshFor?.seconds).toBeLessThanOrEqual(10n)
+    expect(service.catalogue.requests.get('/products/999999')).toBe(1)
+  })
+
+  test('of an id that is no positive integer never reaches the origin', async () => {
+    const before = total(service)
+    for (const id of ['0', '01', '-1', '1.5', '1e3', 'abc', '../2', '__proto__', '1 ', '٣', '99999999999']) {
+      expect((await service.client.failure('getItem', { id })).code).toBe(status.NOT_FOUND)
+    }
+    expect(total(service)).toBe(before)
+  })
+
+  test('returns only the fields of the read mask', async () => {
+    const { result } = await get('2', { readMask: { paths: ['title', 'price.units'] } })
+    const item = result.value as { title: string; description: string; id: string; price: object }
+    expect(item.title).not.toBe('')
+    expect(item).toMatchObject({ id: '', description: '', price: { currencyCode: '', nanos: 0 } })
+    const wrong = await service.client.failure('getItem', {
+      id: '2',
+      readMask: { paths: ['colour', 'price.tax'] },
+    })
+    expect(wrong.code).toBe(status.INVALID_ARGUMENT)
+    expect(wrong.badRequest?.fieldViolations).toHaveLength(2)
+  })
+
+  test('answers not_modified to the etag that the caller has', async () => {
+    const { result } = await get('3')
+    const { etag } = result.value as { etag: string }
+    expect(etag).not.toBe('')
+    expect((await get('3', { ifNoneMatch: etag })).result).toEqual({ case: 'notModified', value: true })
+    expect((await get('3', { ifNoneMatch: '"other"' })).result.case).toBe('item')
+  })
+
+  test('with FRESH asks PostgreSQL, whatever the caches hold', async () => {
+    await get('4')
+    await change(service, `UPDATE items SET title = 'changed by hand' WHERE tenant = 'default' AND id = '4'`)
+    const fresh = await get('4', { options: { freshness: Freshness.FRESH } })
+    expect(fresh.cache).toMatchObject({ tier: Tier.POSTGRES, outcome: CacheOutcome.BYPASS })
+    expect(fresh.result.value).toMatchObject({ title: 'changed by hand' })
+    // What it has read is now in memory.
+    expect((await get('4')).result.value).toMatchObject({ title: 'changed by hand' })
+  })
+
+  test('with CACHE_ONLY never leaves the caches', async () => {
+    const options = { freshness: Freshness.CACHE_ONLY }
+    const before = total(service)
+    const miss = await get('5', { options })
+    expect(miss.result.case).toBeUndefined()
+    expect(miss.cache?.outcome).toBe(CacheOutcome.MISS)
+    expect(total(service)).toBe(before)
+    await get('5')
+    expect((await get('5', { options })).cache).toMatchObject({
+      tier: Tier.MEMORY,
+      outcome: CacheOutcome.HIT,
+    })
+  })
+
+  test('with min_revision is never older, and OUT_OF_RANGE when the log has not got there', async () => {
+    const { revision } = await get('6')
+    await change(service, `UPDATE items SET title = 'newer' WHERE tenant = 'default' AND id = '6'`)
+    const newer = await get('6', { options: { minRevision: revision + 1n } })
+    expect(newer.result.value).toMatchObject({ title: 'newer' })
+    expect(newer.revision).toBeGreaterThan(revision)
+    const ahead = await service.client.failure('getItem', {
+      id: '6',
+      options: { minRevision: revision + 1000n },
+    })
+    expect(ahead).toMatchObject({ code: status.OUT_OF_RANGE, info: { reason: 'REVISION_AHEAD_OF_LOG' } })
+  })
+
+  test('with max_staleness reloads what was verified longer ago', async () => {
+    await get('7')
+    expect((await get('7', { options: { maxStaleness: seconds(60) } })).cache?.tier).toBe(Tier.MEMORY)
+    const strict = await get('7', { options: { maxStaleness: seconds(0) } })
+    expect(strict.cache?.tier).toBe(Tier.POSTGRES)
+  })
+
+  test('sees another tenant’s items as if they did not exist', async () => {
+    await service.client.call(
+      'createItem',
+      { item: { id: 'secret', title: 'mine' } },
+      { metadata: { 'x-tenant-id': 'a' } },
+    )
+    const other = await service.client.failure(
+      'getItem',
+      { id: 'secret' },
+      { metadata: { 'x-tenant-id': 'b' } },
+    )
+    expect(other.code).toBe(status.NOT_FOUND)
+    const own = await service.client.call('getItem', { id: 'secret' }, { metadata: { 'x-tenant-id': 'a' } })
+    expect(own.result.value).toMatchObject({ title: 'mine' })
+  })
+})
+
+describe('a batch', () => {
+  test('answers every id in the order of the request, missing and duplicate ones too', async () => {
+    await using service = await startService()
+    const ids = ['3', 'nope', '1', '3', '888888']
+    const { results } = await service.client.call('batchGetItems', { ids })
+    expect(results.map((result) => result.id)).toEqual(ids)
+    expect(results.map((result) => result.result.case)).toEqual(['item', 'error', 'item', 'item', 'error'])
+    expect(results[1]?.result.value).toMatchObject({ code: status.NOT_FOUND, reason: 'ITEM_NOT_FOUND' })
+    expect(results[1]?.cache?.tier).toBe(Tier.POSTGRES)
+    expect(results[4]?.cache?.tier).toBe(Tier.ORIGIN)
+  })
+
+  test('asks each tier once for all that is missing, not once per key', async () => {
+    await using service = await startService({ env: { ORIGIN_URL: 'off' } })
+    await change(
+      service,
+      `INSERT INTO items (tenant, id, title) SELECT 'default', 'k' || n, 't' || n FROM generate_series(1, 500) n`,
+    )
+    const { results } = await service.client.call('batchGetItems', {
+      ids: Array.from({ length: 500 }, (_, i) => `k${i + 1}`),
+    })
+    expect(results.every((result) => result.result.case === 'item')).toBe(true)
+    const { tiers, loads } = service.app.metrics.snapshot()
+    expect(tiers.postgres.latency.count).toBe(1)
+    expect(tiers.redis.latency.count).toBe(1)
+    expect(loads).toBe(500)
+  })
+
+  test('lets a slow item fail alone, before the caller’s deadline', async () => {
+    const held = Promise.withResolvers<void>()
+    await using service = await startService({
+      catalogue: {
+        intercept: (request, response) => {
+          if (request.url !== '/products/2') return false
+          void held.promise.then(() => response.end('null'))
+          return true
+        },
+      },
+    })
+    const { results } = await service.client.call(
+      'batchGetItems',
+      { ids: ['1', '2', '3'] },
+      { timeoutMs: 2000 },
+    )
+    held.resolve()
+    expect(results.map((result) => result.result.case)).toEqual(['item', 'error', 'item'])
+    expect(results[1]?.result.value).toMatchObject({ code: status.DEADLINE_EXCEEDED })
+  })
+})
+
+describe('concurrent readers', () => {
+  test('of an item that only the origin has share one request and make one row', async () => {
+    await using service = await startService()
+    const answers = await Promise.all(
+      Array.from({ length: 1000 }, () => service.client.call('getItem', { id: '9' })),
+    )
+    expect(answers.every((answer) => answer.result.case === 'item')).toBe(true)
+    expect(service.catalogue.requests.get('/products/9')).toBe(1)
+    expect(await change(service, `SELECT count(*)::int AS n FROM items WHERE id = '9'`)).toEqual([{ n: 1 }])
+    expect(service.app.metrics.snapshot()).toMatchObject({ loads: 1 })
+    expect(answers.some((answer) => answer.cache?.coalesced)).toBe(true)
+  })
+
+  test('keep their own deadlines: one that gives up does not take the others along', async () => {
+    const held = Promise.withResolvers<void>()
+    const asked = Promise.withResolvers<void>()
+    await using service = await startService({
+      catalogue: {
+        intercept: (_, response) => {
+          asked.resolve()
+          void held.promise.then(() => response.end(PRODUCT))
+          return true
+        },
+      },
+    })
+    const patient = service.client.call('getItem', { id: '1' })
+    await asked.promise
+    const hasty = await service.client.failure('getItem', { id: '1' }, { timeoutMs: 100 })
+    expect(hasty.code).toBe(status.DEADLINE_EXCEEDED)
+    held.resolve()
+    expect((await patient).result.case).toBe('item')
+  })
+
+  test('are not bound to a failure: the next read tries again', async () => {
+    let broken = true
+    await using service = await startService({
+      catalogue: {
+        intercept: (_, response) => {
+          if (!broken) return false
+          response.writeHead(500).end()
+          return true
+        },
+      },
+    })
+    const failed = await service.client.failure('getItem', { id: '1' })
+    expect(failed).toMatchObject({ code: status.UNAVAILABLE })
+    expect(failed.retry?.retryDelay).toBeDefined()
+    broken = false
+    expect((await service.client.call('getItem', { id: '1' })).result.case).toBe('item')
+  })
+})
+
+describe('a copy past its freshness', () => {
+  test('is served at once, marked, and reloaded behind the answer', async () => {
+    await using service = await startService({ env: { ITEMCACHE_FRESH_FOR: '300ms' } })
+    const get = async () => (await service.client.call('getItem', { id: '1' })).cache
+    await get()
+    await expect.poll(get).toMatchObject({
+      outcome: CacheOutcome.STALE,
+      staleReason: StaleReason.REVALIDATING,
+      tier: Tier.MEMORY,
+    })
+    await expect.poll(() => service.app.metrics.snapshot().refreshesOk).toBeGreaterThan(0)
+    expect(await get()).toMatchObject({ outcome: CacheOutcome.HIT, tier: Tier.MEMORY })
+  })
+
+  test('is not served to a caller who does not allow it', async () => {
+    await using service = await startService({ env: { ITEMCACHE_FRESH_FOR: '300ms' } })
+    const outcomes = new Set<CacheOutcome | undefined>()
+    const get = async () => {
+      const { cache } = await service.client.call('getItem', { id: '1', options: { allowStale: false } })
+      outcomes.add(cache?.outcome)
+      return cache
+    }
+    await get()
+    await expect.poll(get).toMatchObject({ outcome: CacheOutcome.HIT })
+    await expect.poll(get).toMatchObject({ outcome: CacheOutcome.MISS, tier: Tier.POSTGRES })
+    expect(outcomes).not.toContain(CacheOutcome.STALE)
+  })
+})
+
+describe('when a dependency fails', () => {
+  test('a Redis that is killed or stopped costs no read', async () => {
+    await using redis = await freshRedis()
+    await using service = await startService({ env: { REDIS_URL: redis.url } })
+    const read = async (from: number, to: number) => {
+      const ids = Array.from({ length: to - from }, (_, i) => `${from + i}`)
+      return Promise.all(ids.map((id) => service.client.call('getItem', { id })))
+    }
+    await read(1, 5)
+    await redis.kill()
+    const without = await read(3, 10)
+    expect(without.at(-1)?.cache?.skippedTiers).toMatchObject([{ tier: Tier.REDIS }])
+    await redis.restart()
+    await expect
+      .poll(async () => (await service.client.call('inspectItem', { id: '1' })).tiers[1]?.skipped)
+      .toBe(SkipReason.UNSPECIFIED)
+    await redis.pause()
+    const [paused] = await read(11, 12)
+    expect(paused?.cache?.skippedTiers).toMatchObject([{ reason: SkipReason.TIMEOUT }])
+    await redis.resume()
+  })
+
+  test('a Redis that is stopped, killed and started again under load costs no read', async () => {
+    await using redis = await freshRedis()
+    await using service = await startService({
+      env: { REDIS_URL: redis.url, ITEMCACHE_MEMORY_MAX_ENTRIES: '5', ITEMCACHE_FRESH_FOR: '200ms' },
+    })
+    let running = true
+    let reads = 0
+    const reader = async (first: number) => {
+      for (let n = first; running; n++) {
+        const { result } = await service.client.call('getItem', { id: `${1 + (n % 20)}` })
+        expect(result.case).toBe('item')
+        reads++
+      }
+    }
+    const readers = Array.from({ length: 20 }, (_, n) => reader(n))
+    const more = async (count: number) => {
+      const enough = reads + count
+      await Promise.race([expect.poll(() => reads, { timeout: 20_000 }).toBeGreaterThan(enough), ...readers])
+    }
+    await more(200)
+    await redis.pause()
+    await more(200)
+    await redis.resume()
+    await more(200)
+    await redis.kill()
+    await more(200)
+    await redis.restart()
+    await more(200)
+    running = false
+    await Promise.all(readers)
+  })
+
+  test('warm reads go on without PostgreSQL, cold ones are UNAVAILABLE, and all is well afterwards', async () => {
+    await using postgres = await freshPostgres()
+    await using service = await startService({ databaseUrl: postgres.url, env: { REDIS_URL: 'off' } })
+    const get = () => service.client.call('getItem', { id: '1' })
+    await get()
+    await postgres.stop()
+    expect((await get()).result.case).toBe('item')
+    const cold = await service.client.failure('getItem', { id: '2' })
+    expect(cold.code).toBe(status.UNAVAILABLE)
+    expect(cold.retry).toBeDefined()
+    expect(cold.message).not.toMatch(/ECONN|socket|postgres:/i)
+
+    // Once nothing is heard of the log, the answer says that nobody can vouch for it.
+    await expect
+      .poll(async () => (await get()).cache, { timeout: 5000 })
+      .toMatchObject({ outcome: CacheOutcome.STALE, staleReason: StaleReason.UNVERIFIED })
+    // One who accepts no stale copy gets an error instead.
+    const options = { allowStale: false }
+    expect((await service.client.failure('getItem', { id: '1', options })).code).toBe(status.UNAVAILABLE)
+
+    await postgres.restart()
+    await expect
+      .poll(
+        async () => (await service.client.call('getItem', { id: '2' }).catch(() => undefined))?.result.case,
+      )
+      .toBe('item')
+    await expect.poll(async () => (await get()).cache?.outcome, { timeout: 5000 }).toBe(CacheOutcome.HIT)
+  })
+
+  test('a silent PostgreSQL keeps no reader from what Redis holds', async () => {
+    await using postgres = await freshPostgres()
+    await using service = await startService({
+      databaseUrl: postgres.url,
+      // No copy stays fresh, so none goes from Redis into memory.
+      env: { ITEMCACHE_MEMORY_MAX_ENTRIES: '1', ITEMCACHE_FRESH_FOR: '1ms' },
+    })
+    const get = (id: string) => service.client.call('getItem', { id }, { timeoutMs: 1000 })
+    await get('1')
+    await get('2')
+    await expect
+      .poll(async () => (await service.client.call('inspectItem', { id: '1' })).tiers[1]?.present)
+      .toBe(true)
+    await postgres.pause()
+    const reasons = new Set<StaleReason | undefined>()
+    // From the time when nobody knows of the silence until everybody does.
+    while (!reasons.has(StaleReason.TIER_DOWN)) {
+      const { cache } = await get('1')
+      expect(cache).toMatchObject({ outcome: CacheOutcome.STALE, tier: Tier.REDIS })
+      reasons.add(cache?.staleReason)
+    }
+    expect(reasons).toContain(StaleReason.SOFT_TIMEOUT)
+    expect(reasons).not.toContain(StaleReason.UNSPECIFIED)
+    await postgres.resume()
+    await expect.poll(async () => (await get('1')).cache?.skippedTiers, { timeout: 10_000 }).toEqual([])
+  })
+
+  test('two instances that start on one empty database at once both come up', async () => {
+    await using database = await freshDatabase()
+    const [one, two] = await Promise.all([
+      startService({ databaseUrl: database.url }),
+      startService({ databaseUrl: database.url }),
+    ])
+    await using _one = one
+    await using _two = two
+    expect((await one.client.call('getItem', { id: '1' })).result.case).toBe('item')
+    expect((await two.client.call('getItem', { id: '1' })).result.case).toBe('item')
+  })
+
+  test('a draining server finishes the calls under way', async () => {
+    const held = Promise.withResolvers<void>()
+    const asked = Promise.withResolvers<void>()
+    const service = await startService({
+      catalogue: {
+        intercept: (_, response) => {
+          asked.resolve()
+          void held.promise.then(() => response.end(PRODUCT))
+          return true
+        },
+      },
+    })
+    const under = service.client.call('getItem', { id: '1' })
+    await asked.promise
+    const stopped = service.app[Symbol.asyncDispose]()
+    await sleep(0)
+    held.resolve()
+    expect((await under).result.case).toBe('item')
+    await stopped
+    await service[Symbol.asyncDispose]()
+  })
+})
+
+const PRODUCT = JSON.stringify({
+  id: 1,
+  title: 'A held product',
+  price: 1.5,
+  description: '',
+  category: 'held',
+  image: '',
+  rating: { rate: 1, count: 1 },
+})
+
+const total = (service: TestService) =>
+  [...service.catalogue.requests.values()].reduce((sum, count) => sum + count, 0)
+
+/** Somebody else at the database, as with psql. */
+async function change(service: TestService, sql: string): Promise<unknown[]> {
+  const client = new pg.Client(service.databaseUrl)
+  await client.connect()
+  try {
+    return (await client.query(sql)).rows
+  } finally {
+    await client.end()
+  }
+}
