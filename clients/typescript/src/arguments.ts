@@ -1,0 +1,147 @@
+/** What the command line's words mean. Everything here throws InvalidArgumentError of commander: exit code 2. */
+import { fromJson, type JsonObject } from '@bufbuild/protobuf'
+import { InvalidArgumentError } from 'commander'
+import type { ItemInit } from './client.ts'
+import { ItemSchema } from './gen/itemcache/v1/item_cache_pb.ts'
+import { parseMoney } from './money.ts'
+
+const UNITS_MS: Readonly<Record<string, number>> = { ms: 1, s: 1000, m: 60_000, h: 3_600_000 }
+
+/** `150ms`, `5s`, `2m`, `1h` in milliseconds. */
+export function parseDuration(text: string): number {
+  const [, number, unit = ''] = /^(\d+(?:\.\d+)?)(ms|s|m|h)$/.exec(text) ?? []
+  const factor = UNITS_MS[unit]
+  if (factor === undefined) throw new InvalidArgumentError('A duration looks like 150ms, 5s, 2m or 1h.')
+  return Number(number) * factor
+}
+
+/** A duration of at least 1 ms. */
+export function parseTimeout(text: string): number {
+  const ms = parseDuration(text)
+  if (ms < 1) throw new InvalidArgumentError('It must be at least 1ms.')
+  return ms
+}
+
+/** A whole number from 0 to 2^63 - 1. */
+export function parseRevision(text: string): bigint {
+  const revision = /^\d{1,19}$/.test(text) ? BigInt(text) : -1n
+  if (revision < 0n || revision >= 1n << 63n) throw new InvalidArgumentError('A revision is a whole number.')
+  return revision
+}
+
+/** A number of items on a page. */
+export function parsePageSize(text: string): number {
+  const size = /^\d+$/.test(text) ? Number(text) : 0
+  if (size < 1 || size > 500) throw new InvalidArgumentError('It must be 1 to 500.')
+  return size
+}
+
+/** `title,price` as `['title', 'price']`. */
+export function parseFields(text: string): string[] {
+  const fields = text.split(',').map((field) => field.trim())
+  if (fields.includes('')) throw new InvalidArgumentError('Fields look like title,price.')
+  return fields
+}
+
+/** For options that may come several times. */
+export function append(text: string, before: readonly string[] = []): string[] {
+  return [...before, text]
+}
+
+/** `19.99 USD`. */
+export function parsePrice(text: string): ReturnType<typeof parseMoney> {
+  try {
+    return parseMoney(text)
+  } catch {
+    throw new InvalidArgumentError('An amount looks like "19.99 USD".')
+  }
+}
+
+/** A JSON object. */
+export function parseAttributes(text: string): JsonObject {
+  const value = parseJson(text)
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+    throw new InvalidArgumentError('It must be a JSON object.')
+  }
+  return value as JsonObject
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch (cause) {
+    throw new InvalidArgumentError(`It must be JSON: ${(cause as Error).message}.`)
+  }
+}
+
+/** The flags that describe an item. */
+export interface ItemFlags {
+  readonly title?: string
+  readonly description?: string
+  readonly category?: string
+  readonly price?: ReturnType<typeof parseMoney>
+  readonly tag?: readonly string[]
+  readonly image?: string
+  readonly attributes?: JsonObject
+  readonly clear?: readonly string[]
+}
+
+/** The fields of an item that callers may write, by their names in JSON. */
+const WRITABLE = {
+  title: 'title',
+  description: 'description',
+  category: 'category',
+  imageUri: 'image_uri',
+  price: 'price',
+  rating: 'rating',
+  tags: 'tags',
+  attributes: 'attributes',
+} as const
+
+/** Names for `--clear`. */
+export const CLEARABLE: readonly string[] = [...Object.values(WRITABLE), 'image']
+
+/**
+ * The item that flags and JSON describe, and which of its fields they name. Flags win over the JSON. Of the JSON's
+ * fields, those that only the service sets are left alone; its etag is kept.
+ */
+export function describeItem(
+  id: string,
+  flags: ItemFlags,
+  json?: string,
+): { readonly item: ItemInit; readonly fields: readonly string[] } {
+  const given = json === undefined ? {} : parseAttributes(json)
+  const fields = new Set<string>()
+  for (const [jsonName, name] of Object.entries(WRITABLE)) {
+    if (jsonName in given || name in given) fields.add(name)
+  }
+  const item = itemOf(given)
+  if (item.id !== '' && item.id !== id) {
+    throw new InvalidArgumentError(
+      `The JSON is about item ${JSON.stringify(item.id)}, not ${JSON.stringify(id)}.`,
+    )
+  }
+  item.id = id
+  for (const name of flags.clear ?? []) fields.add(name === 'image' ? 'image_uri' : name)
+  const set = <T>(name: string, value: T | undefined, assign: (value: T) => void) => {
+    if (value === undefined) return
+    assign(value)
+    fields.add(name)
+  }
+  set('title', flags.title, (title) => (item.title = title))
+  set('description', flags.description, (description) => (item.description = description))
+  set('category', flags.category, (category) => (item.category = category))
+  set('price', flags.price, (price) => (item.price = price))
+  set('tags', flags.tag, (tags) => (item.tags = [...tags]))
+  set('image_uri', flags.image, (uri) => (item.imageUri = uri))
+  set('attributes', flags.attributes, (attributes) => (item.attributes = attributes))
+  return { item, fields: [...fields] }
+}
+
+function itemOf(json: JsonObject) {
+  try {
+    return fromJson(ItemSchema, json)
+  } catch (cause) {
+    throw new InvalidArgumentError(`The JSON is not an item: ${(cause as Error).message}.`)
+  }
+}
