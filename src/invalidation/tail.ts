@@ -3,8 +3,9 @@
  *
  * LISTEN wakes it when something was committed; a poll every 500 ms is heartbeat and safety net, so that a lost
  * notification costs half a second and nothing else. Of commits that follow each other closely only some notify (see
- * `itemcache_take_revisions`), so a tenant that has just changed is **hot**: it is polled every 10 ms. One statement asks for the rows of all tenants in question. The
- * rows of a tenant are applied in order under its mutex; between rows readers may run, for each row is applied whole.
+ * `itemcache_take_revisions`), so a tenant that has just changed is **hot**: it is polled every 10 ms. One statement
+ * asks for the rows of many tenants. The rows of a tenant are applied in order, some at a time under its mutex and each
+ * whole, so that readers and writers get their turns in between.
  *
  * A tenant is **activated** by its first reader and dropped when nobody has used it for a while. Until then nothing is
  * known of its log, and nothing that is cached may be served.
