@@ -15,7 +15,10 @@ export default defineConfig({
     },
     // Unit tests need no servers, so they run at once when they run alone.
     projects: [
-      { extends: true, test: { name: 'unit', include: ['test/unit/**/*.test.ts'] } },
+      {
+        extends: true,
+        test: { name: 'unit', include: ['test/unit/**/*.test.ts'], setupFiles: ['test/support/seed.ts'] },
+      },
       {
         extends: true,
         test: {

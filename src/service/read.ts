@@ -332,7 +332,8 @@ export class Reader {
     const served = copy && view && this.#serve(tenant, view, copy, 'redis', options, false, skipped)
     this.#askedRedis(answer, served === undefined ? 0 : 1, 1)
     if (copy !== undefined && served !== undefined) {
-      this.#parts.memory.set(tenant, served.copy ?? copy)
+      // Stored iff it passes: what is served as stale may have failed the rule.
+      if (served.outcome !== 'STALE') this.#parts.memory.set(tenant, served.copy ?? copy)
       return served
     }
     const stale = this.#staleInstead(tenant, id, options, { fallback: copy, skipped }, 'SOFT_TIMEOUT', false)

@@ -1,8 +1,11 @@
+import fc from 'fast-check'
+
 /**
  * The seed of the property tests, printed so that a failure can be repeated. Fixed unless the environment variable
  * FC_SEED is a number, or `random` for a new one.
  */
 export const seed = chosenSeed(process.env)
+fc.configureGlobal({ seed })
 console.info(`fast-check seed: FC_SEED=${seed}`)
 
 function chosenSeed({ FC_SEED }: NodeJS.ProcessEnv): number {

@@ -86,7 +86,7 @@ async function own(start: (dataDir: string) => Promise<Started>): Promise<OwnSer
   let server = await start(directory.path)
   directory.ends(server.pid, 'SIGKILL')
   const signalAll = (signal: NodeJS.Signals) => {
-    for (const pid of [server.pid, ...childrenOf(server.pid)]) process.kill(pid, signal)
+    for (const pid of [server.pid, ...childrenOf(server.pid)]) signalIfAlive(pid, signal)
   }
   const stop = async () => {
     if (findProcess(server.pid) !== undefined) signalAll('SIGCONT')
@@ -109,6 +109,15 @@ async function own(start: (dataDir: string) => Promise<Started>): Promise<OwnSer
       directory.ends(server.pid, 'SIGKILL')
     },
     [Symbol.asyncDispose]: () => kept.disposeAsync(),
+  }
+}
+
+/** A child may end between being found and being told. */
+function signalIfAlive(pid: number, signal: NodeJS.Signals): void {
+  try {
+    process.kill(pid, signal)
+  } catch (error) {
+    if (!(error instanceof Error && 'code' in error && error.code === 'ESRCH')) throw error
   }
 }
 

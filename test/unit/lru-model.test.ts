@@ -3,7 +3,6 @@ import assert from 'node:assert/strict'
 import fc from 'fast-check'
 import { describe, test } from 'vitest'
 import { Lru, type LruStats } from '../../src/tiers/lru.ts'
-import { seed } from '../support/seed.ts'
 
 interface Held {
   readonly key: string
@@ -241,7 +240,7 @@ describe('the LRU and a naive reference', () => {
         commandsOver(FEW_KEYS, 24),
         runBoth,
       ),
-      { seed, numRuns: 10_000 },
+      { numRuns: 10_000 },
     )
   })
 
@@ -254,7 +253,7 @@ describe('the LRU and a naive reference', () => {
         commandsOver(MANY_KEYS, 400),
         runBoth,
       ),
-      { seed, numRuns: 100 },
+      { numRuns: 100 },
     )
   })
 })

@@ -4,7 +4,6 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { MemoryTier } from '../../src/tiers/memory.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
-import { seed } from '../support/seed.ts'
 
 const OPTIONS = { maxEntries: 2, maxBytes: 2 ** 20, maxStaleMs: 1_000, now: () => 0 }
 
@@ -111,7 +110,7 @@ async function explore(tier: MemoryTier, scheduler: fc.Scheduler, todo: readonly
 function exploreAll(makeTier: () => MemoryTier, numRuns: number) {
   return fc.check(
     fc.asyncProperty(fc.scheduler(), operations, (scheduler, todo) => explore(makeTier(), scheduler, todo)),
-    { seed, numRuns },
+    { numRuns },
   )
 }
 
@@ -184,7 +183,7 @@ describe('in every schedule of evictors, stores and failing sections', () => {
         const { entries, evictions, deletions } = tier.stats()
         expect([entries, evictions.entries + deletions]).toEqual([2, 2])
       }),
-      { seed, numRuns: 500 },
+      { numRuns: 500 },
     )
   })
 })
