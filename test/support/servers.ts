@@ -11,6 +11,7 @@ import { inject } from 'vitest'
 import { startPostgres } from '../../src/embedded/postgres.ts'
 import { findProcess } from '../../src/embedded/processes.ts'
 import { startRedis } from '../../src/embedded/redis.ts'
+import { postgresPackages } from './postgres-packages.ts'
 import { makeRunDirectory } from './run-directory.ts'
 
 /** A new database on the shared PostgreSQL, dropped when disposed, whoever is still connected. */
@@ -62,7 +63,9 @@ export interface OwnServer extends AsyncDisposable {
 
 /** A private PostgreSQL for fault tests: database `itemcache`, empty. */
 export function freshPostgres(): Promise<OwnServer> {
-  return own((dataDir) => startPostgres({ dataDir, cacheDir: inject('postgresCache') }))
+  return own((dataDir) =>
+    startPostgres({ dataDir, cacheDir: inject('postgresCache'), packagesDir: postgresPackages }),
+  )
 }
 
 /** A private Redis for fault tests. */

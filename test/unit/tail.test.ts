@@ -1,0 +1,121 @@
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
+import { Tail } from '../../src/invalidation/tail.ts'
+import { createLogger } from '../../src/observe/log.ts'
+import { Metrics } from '../../src/observe/metrics.ts'
+import type { LogEntry, LogListener, LogPage, LogSource, Revision } from '../../src/tiers/tier.ts'
+
+const TENANT = 'tenant'
+const POLL_MS = 500
+
+/** A log in memory that counts who asks for it. Its database may notify or not. */
+class Log implements LogSource {
+  polls = 0
+  readonly #rows: LogEntry[] = []
+  #listener: LogListener | undefined
+
+  commit({ notify, ageMs = 1000 }: { notify: boolean; ageMs?: number }): Revision {
+    const revision = this.#rows.length + 1
+    const row = { revision, kind: 'UPSERTED', mode: 'EXPIRE', ids: ['a'], tags: [], writer: '' } as const
+    this.#rows.push({ ...row, committedAtMs: 0, ageMs })
+    if (notify) this.#listener?.changed(TENANT)
+    return revision
+  }
+
+  async newest(): Promise<LogPage> {
+    return { revision: this.#rows.length, rows: this.#rows, complete: true }
+  }
+
+  async after(positions: ReadonlyMap<string, Revision>): Promise<ReadonlyMap<string, LogPage>> {
+    this.polls++
+    const pages = [...positions].map(([tenant, after]) => {
+      return [tenant, { revision: this.#rows.length, rows: this.#rows.slice(after), complete: true }] as const
+    })
+    return new Map(pages)
+  }
+
+  async listen(listener: LogListener): Promise<AsyncDisposable> {
+    this.#listener = listener
+    return { [Symbol.asyncDispose]: async () => {} }
+  }
+
+  seen(): void {}
+  bounds = unused
+  trim = unused
+}
+
+function unused(): never {
+  throw new Error('the tail has no use for this')
+}
+
+const startTail = async (source: Log) => {
+  const tail = new Tail({
+    source,
+    metrics: new Metrics({ methods: [] }),
+    log: createLogger({ level: 'silent', version: '0' }),
+    now: () => performance.now(),
+    pollMs: POLL_MS,
+    maxTenants: 10,
+    maxFloors: 100,
+    maxTotalFloors: 1000,
+    idleMs: 1e9,
+    exclusive: async (_, section) => section(),
+  })
+  await tail.start()
+  return tail
+}
+
+beforeEach(() => {
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'setInterval', 'clearInterval', 'performance'] })
+})
+afterEach(() => {
+  vi.useRealTimers()
+})
+
+describe('a tenant that has just changed', () => {
+  test('is followed closely without further notifications, and then left alone', async () => {
+    const log = new Log()
+    await using tail = await startTail(log)
+    const view = await tail.activated(TENANT)
+
+    log.commit({ notify: true })
+    await vi.advanceTimersByTimeAsync(0)
+    expect(view.position).toBe(1)
+
+    // The database notifies at most once in 250 ms.
+    const second = log.commit({ notify: false })
+    await vi.advanceTimersByTimeAsync(20)
+    expect(view.position).toBe(second)
+
+    // What was applied keeps it hot: a steady writer is followed although nobody is notified.
+    for (let i = 0; i < 10; i++) {
+      await vi.advanceTimersByTimeAsync(240)
+      const revision = log.commit({ notify: false })
+      await vi.advanceTimersByTimeAsync(20)
+      expect(view.position).toBe(revision)
+    }
+
+    await vi.advanceTimersByTimeAsync(400)
+    const before = log.polls
+    await vi.advanceTimersByTimeAsync(10 * POLL_MS)
+    expect(log.polls - before).toBe(10)
+  })
+
+  test('is followed closely from its activation on, if somebody had just been notified', async () => {
+    const log = new Log()
+    log.commit({ notify: true, ageMs: 100 })
+    await using tail = await startTail(log)
+    const view = await tail.activated(TENANT)
+    const second = log.commit({ notify: false })
+    await vi.advanceTimersByTimeAsync(20)
+    expect(view.position).toBe(second)
+  })
+})
+
+test('a lost notification costs half a second at most', async () => {
+  const log = new Log()
+  await using tail = await startTail(log)
+  const view = await tail.activated(TENANT)
+  const revision = log.commit({ notify: false })
+  await vi.advanceTimersByTimeAsync(POLL_MS)
+  expect(view.position).toBe(revision)
+})
