@@ -87,6 +87,8 @@ export interface AuditRow {
   readonly content: string | null
   readonly row_revision: number | null
   readonly silent: boolean
+  /** The category counts as one. */
+  readonly tags: readonly string[]
   readonly xid: string
 }
 
@@ -112,7 +114,7 @@ export async function testimonyOf(sql: pg.Client): Promise<Testimony> {
     `SELECT tenant, revision, kind, mode, ids, tags, writer, xmin::text AS xid FROM audit_log ORDER BY tenant, revision`,
   )
   const audit = await sql.query(
-    `SELECT tenant, id, revision, content, row_revision, silent, xmin::text AS xid FROM audit ORDER BY seq`,
+    `SELECT tenant, id, revision, content, row_revision, silent, tags, xmin::text AS xid FROM audit ORDER BY seq`,
   )
   return { log: log.rows, audit: audit.rows }
 }

@@ -3,6 +3,7 @@ import type { AuditRow, LogRow } from './audit.ts'
 import { check } from './checker.ts'
 import {
   type HistoryEvent,
+  type ListEvent,
   type ReadEvent,
   type ReadResult,
   type StreamMessage,
@@ -23,6 +24,7 @@ class Story {
 
   /** What PostgreSQL commits: an item's new content, or null for a delete. */
   commit(revision: number, id: string, content: string | null, more: Partial<LogRow> = {}): void {
+    const { tags = [] } = more
     const row = this.logOnly(revision, {
       kind: content === null ? 'DELETED' : 'UPSERTED',
       ids: [id],
@@ -30,13 +32,22 @@ class Story {
     })
     const mode = content === null ? 'REMOVE' : 'EXPIRE'
     this.log[this.log.length - 1] = { ...row, mode: more.mode ?? mode }
-    this.audit.push({ tenant: T, id, revision, content, row_revision: revision, silent: false, xid: row.xid })
+    this.audit.push({
+      tenant: T,
+      id,
+      revision,
+      content,
+      row_revision: revision,
+      silent: false,
+      tags,
+      xid: row.xid,
+    })
   }
 
   /** An explicit invalidation, which the audit shows in the content. */
   invalidate(revision: number, id: string, content: string, mode: 'EXPIRE' | 'REMOVE', writer = 'x'): void {
     const { xid } = this.logOnly(revision, { kind: 'KEYS_INVALIDATED', mode, ids: [id], writer })
-    this.audit.push({ tenant: T, id, revision, content, row_revision: null, silent: true, xid })
+    this.audit.push({ tenant: T, id, revision, content, row_revision: null, silent: true, tags: [], xid })
   }
 
   logOnly(revision: number, more: Partial<LogRow> = {}): LogRow {
@@ -68,6 +79,16 @@ class Story {
   ): void {
     const call = { t: 'read', op: 'r', client: '0', tenant: T, freshness: 'DEFAULT', min: 0 } as const
     this.events.push({ ...call, at, start, end, results: [{ id: 'a', ...result }], ...more })
+  }
+
+  list(
+    at: string,
+    [start, end]: readonly [number, number],
+    asOf: number,
+    more: Partial<ListEvent> = {},
+  ): void {
+    const call = { t: 'list', op: 'l', client: '0', tenant: T, tag: '', items: [] } as const
+    this.events.push({ ...call, at, start, end, asOf, ...more })
   }
 
   watch(time: number, message: StreamMessage, at = 'A'): void {
@@ -342,7 +363,7 @@ describe('the checker notices', () => {
 
   test('a change that has no row in the log', () => {
     const story = twoVersions()
-    const change = { tenant: T, id: 'b', row_revision: null, silent: false, xid: '99' }
+    const change = { tenant: T, id: 'b', row_revision: null, silent: false, tags: [], xid: '99' }
     story.audit.push({ ...change, revision: null, content: 'v9|' })
     expect(story.verdict()).toEqual(['unlogged-change'])
     const vanished = twoVersions()
@@ -408,3 +429,95 @@ function rowOf(revision: number) {
   const writer = revision === S + 2 ? 'v2' : 'x'
   return { revision, kind: 'UPSERTED', mode: 'EXPIRE', ids: ['a'], tags: [], writer }
 }
+
+/** Item a has the tag, loses it in the second version, acknowledged at A from 100 to 110 ms, and is deleted in the third. */
+function taggedVersions(): Story {
+  const story = new Story()
+  story.commit(S + 1, 'a', 'v1|', { tags: ['t'] })
+  story.commit(S + 2, 'a', 'v2|', { writer: 'v2' })
+  story.write('A', [100, 110], { op: 'v2', revision: S + 2, content: 'v2|' })
+  return story
+}
+
+const LISTED_OLD = { items: [{ id: 'a', title: 'v1' }] }
+const LISTED_NEW = { items: [{ id: 'a', title: 'v2' }] }
+
+describe('of list pages the checker accepts', () => {
+  test('the old one elsewhere within the bound, and the new one where it was written', () => {
+    const story = taggedVersions()
+    story.list('A', [120, 121], S + 2, LISTED_NEW)
+    story.list('B', [120, 121], S + 1, LISTED_OLD)
+    story.list('B', [122, 123], S + 1, { tag: 't', ...LISTED_OLD })
+    story.list('A', [122, 123], S + 2, { tag: 't' })
+    story.list('A', [9000, 9001], S + 1, { ...LISTED_OLD, stale: 'TIER_DOWN' })
+    expect(story.verdict()).toEqual([])
+  })
+
+  test('an old one in which nothing has changed since', () => {
+    const story = taggedVersions()
+    story.list('A', [120, 121], S + 1, { tag: 'u' })
+    story.list('B', [2000, 2001], S, { tag: 'u' })
+    expect(story.verdict()).toEqual([])
+  })
+
+  test('one that ends before the item that has changed', () => {
+    const story = taggedVersions()
+    story.commit(S + 3, 'A', 'v|')
+    story.list('A', [120, 121], S + 3, { items: [{ id: 'A', title: 'v' }], upTo: 'A' })
+    expect(story.verdict()).toEqual([])
+  })
+})
+
+describe('of list pages the checker notices', () => {
+  test.each([
+    ['lacks an item', S + 2, {}],
+    ['holds an old title', S + 2, LISTED_OLD],
+    ['holds an item without the tag', S + 2, { tag: 't', ...LISTED_NEW }],
+    ['holds an item that never was', S + 2, { items: [...LISTED_NEW.items, { id: 'z', title: 'z' }] }],
+    ['is of no timeline', 7 * S, LISTED_NEW],
+  ])('one that %s', (_, asOf, page) => {
+    const story = taggedVersions()
+    story.list('B', [120, 121], asOf, page)
+    expect(story.verdict()).toEqual(['as-of-untrue'])
+  })
+
+  test('one that is older than what its instance has acknowledged, streamed or listed', () => {
+    const written = taggedVersions()
+    written.list('A', [120, 121], S + 1, LISTED_OLD)
+    expect(written.verdict()).toEqual(['behind-itself'])
+
+    const left = taggedVersions()
+    left.list('A', [120, 121], S + 1, { tag: 't', ...LISTED_OLD })
+    expect(left.verdict()).toEqual(['behind-itself'])
+
+    const streamed = taggedVersions()
+    streamed.watch(111, event(streamed, 1), 'B')
+    streamed.list('B', [120, 121], S + 1, LISTED_OLD)
+    expect(streamed.verdict()).toContain('behind-itself')
+
+    const listed = taggedVersions()
+    listed.list('B', [120, 121], S + 2, LISTED_NEW)
+    listed.list('B', [122, 123], S + 1, LISTED_OLD)
+    expect(listed.verdict()).toEqual(['behind-itself'])
+  })
+
+  test('one that misses what anybody was told longer ago than the bound', () => {
+    const story = taggedVersions()
+    story.list('B', [2000, 2001], S + 1, LISTED_OLD)
+    expect(story.verdict()).toEqual(['beyond-bound'])
+  })
+
+  test('one that shows what its instance knows to be deleted, even as stale', () => {
+    const story = taggedVersions()
+    story.commit(S + 3, 'a', null, { writer: 'gone' })
+    story.write('A', [200, 210], { op: 'gone', kind: 'delete', revision: S + 3, content: null })
+    story.list('A', [220, 221], S + 2, { ...LISTED_NEW, stale: 'TIER_DOWN' })
+    expect(story.verdict()).toEqual(['resurrected'])
+  })
+
+  test('an instance that fails', () => {
+    const story = taggedVersions()
+    story.list('A', [120, 121], S + 2, { error: '13 INTERNAL' })
+    expect(story.verdict()).toEqual(['internal-error'])
+  })
+})

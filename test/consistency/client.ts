@@ -20,7 +20,14 @@ import {
 
 const { method } = ItemCacheService
 
-type Unary = 'getItem' | 'batchGetItems' | 'createItem' | 'updateItem' | 'deleteItem' | 'invalidateItems'
+type Unary =
+  | 'getItem'
+  | 'batchGetItems'
+  | 'listItems'
+  | 'createItem'
+  | 'updateItem'
+  | 'deleteItem'
+  | 'invalidateItems'
 
 /** Why a call failed. `text`: "<code> <reason>". */
 export interface Failed {

@@ -40,6 +40,8 @@ export interface World extends AsyncDisposable {
 
 export const INSTANCES = ['A', 'B', 'C'] as const
 const CLIENTS = 8
+/** Tags that are never a category, so that a list by them is what the audit says has them. */
+const LISTED_TAGS = ['t1', 't2']
 const READ_TIMEOUT_MS = 1500
 const WRITE_TIMEOUT_MS = 3000
 /** Recovery takes as long as the longest backoff, timeout and poll together; a loaded machine doubles that. */
@@ -398,6 +400,8 @@ class Run implements AsyncDisposable {
           batch: act === 'batch',
         })
       }
+      case 'list':
+        return this.#list(state, at, tenant, asked < 0.4 ? chance.pick(LISTED_TAGS) : '')
       case 'update': {
         const withEtag = asked < 0.25 ? state.versions.get(`${tenant} ${id}`) : undefined
         const etag = withEtag === undefined || withEtag === 0 ? '' : etagOf(withEtag)
@@ -522,6 +526,41 @@ class Run implements AsyncDisposable {
       this.#see(state, tenant, asOf)
       if (stale === undefined && rowRevision !== undefined) state.versions.set(`${tenant} ${id}`, rowRevision)
     }
+  }
+
+  async #list(state: ClientState, at: number, tenant: string, tag: string): Promise<void> {
+    const caller = this.#callers[at]
+    if (caller === undefined) return
+    this.#calls++
+    const start = performance.now()
+    const answer = await caller.call(
+      'listItems',
+      { pageSize: 500, tag },
+      { metadata: { 'x-tenant-id': tenant }, timeoutMs: READ_TIMEOUT_MS },
+    )
+    const end = performance.now()
+    const at_ = INSTANCES[at] ?? ''
+    const call = {
+      t: 'list',
+      op: state.op,
+      client: `${state.client}`,
+      at: at_,
+      tenant,
+      start,
+      end,
+      tag,
+    } as const
+    if (isFailed(answer)) return this.#record({ ...call, items: [], error: answer.text })
+    const { items, cache, revision, nextPageToken } = answer
+    const upTo = nextPageToken === '' ? undefined : items.at(-1)?.id
+    this.#record({
+      ...call,
+      items: items.map(({ id, title }) => ({ id, title })),
+      asOf: Number(revision),
+      ...(upTo !== undefined && { upTo }),
+      ...staleOf(cache),
+    })
+    this.#see(state, tenant, Number(revision))
   }
 
   #see({ seen }: ClientState, tenant: string, revision: number): void {
@@ -918,14 +957,18 @@ function resultOf(id: string, item: Item | null | undefined, cache: CacheStatus 
       asOf: Number(cache.asOf),
       tier: nameOf(Tier, cache.tier),
       outcome: nameOf(CacheOutcome, cache.outcome),
-      ...(cache.outcome === CacheOutcome.STALE && {
-        stale: nameOf(StaleReason, cache.staleReason) as NonNullable<ReadResult['stale']>,
-      }),
+      ...staleOf(cache),
     }),
   }
   if (item === undefined) return { id, ...status }
   if (item === null) return { id, content: null, ...status }
   return { id, content: contentOf(item), rowRevision: Number(item.revision), ...status }
+}
+
+/** The mark of an answer that is marked. */
+function staleOf(cache: CacheStatus | undefined): Pick<ReadResult, 'stale'> {
+  if (cache?.outcome !== CacheOutcome.STALE) return {}
+  return { stale: nameOf(StaleReason, cache.staleReason) as NonNullable<ReadResult['stale']> }
 }
 
 function nameOf(names: Readonly<Record<string, number>>, value: number): string {

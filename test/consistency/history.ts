@@ -37,6 +37,19 @@ export interface ReadEvent extends Call {
   readonly results: readonly ReadResult[]
 }
 
+/** One page of a list; the page is the first one. */
+export interface ListEvent extends Call {
+  readonly t: 'list'
+  /** '': all items. */
+  readonly tag: string
+  readonly items: readonly { readonly id: string; readonly title: string }[]
+  readonly asOf?: number
+  /** The last id of the page, when there are more. */
+  readonly upTo?: string
+  readonly stale?: ReadResult['stale']
+  readonly error?: string
+}
+
 export interface WriteEvent extends Call {
   readonly t: 'write'
   readonly kind: 'update' | 'create' | 'delete' | 'invalidate' | 'sql'
@@ -118,6 +131,7 @@ export interface PlanEvent {
 export type HistoryEvent =
   | PlanEvent
   | ReadEvent
+  | ListEvent
   | WriteEvent
   | WatchEvent
   | FaultEvent
@@ -126,3 +140,8 @@ export type HistoryEvent =
 
 export const TIMELINE_SPAN = 2 ** 40
 export const timelineOf = (revision: number): number => Math.floor(revision / TIMELINE_SPAN)
+
+/** A copy may be served for this long without news of the log, in milliseconds. */
+export const BOUND_MS = 1500
+/** Clocks of two processes on one machine run alike; this is for rounding. */
+export const SLACK_MS = 20

@@ -6,9 +6,10 @@ import { copyFileSync, rmSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import { makeRunDirectory } from '../support/run-directory.ts'
-import { check, type Violation } from './checker.ts'
+import { check } from './checker.ts'
 import { runHistory, startWorld } from './driver.ts'
 import { planOf } from './plan.ts'
+import type { Violation } from './truth.ts'
 
 const ROOT = resolve(import.meta.dirname, '../..')
 

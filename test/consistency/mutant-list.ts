@@ -35,6 +35,12 @@ const NO_NOTIFICATIONS: Edit = {
   find: `await client.query('LISTEN itemcache_invalidations')`,
   put: `await client.query('SELECT 1')`,
 }
+/** Also of a tenant that has just changed. */
+const NO_CLOSE_FOLLOWING: Edit = {
+  file: TAIL,
+  find: 'const HOT_POLL_MS = ',
+  put: 'const HOT_POLL_MS = 400 || ',
+}
 /** Every other second, almost too seldom to call anything current. */
 const RARE_POLLS: Edit = { file: 'src/app.ts', find: 'const POLL_MS = ', put: 'const POLL_MS = 1200 || ' }
 const SMALL_PAGES: Edit = { file: TAIL, find: 'const PAGE_ROWS = ', put: 'const PAGE_ROWS = 1 || ' }
@@ -120,6 +126,32 @@ export const MUTANTS: readonly Mutant[] = [
       },
     ],
     profile: calm({}),
+  },
+  {
+    name: 'list-floor',
+    rule: 'A change raises the floor of every list that holds the item, before or after',
+    edits: [
+      {
+        file: VIEW,
+        find: 'for (const tag of row.tags) this.#raise(this.#tags, LISTED + tag, mark, revision)',
+        put: '',
+      },
+      { file: VIEW, find: 'this.#raise(this.#tags, LISTED, mark, revision)', put: '' },
+    ],
+    profile: calm({ workload: { list: 20 } }),
+  },
+  {
+    name: 'list-before-image',
+    rule: 'Also of those that held it before',
+    edits: [
+      {
+        file: WRITE,
+        find: 'tags: [...tags, ...formerTags],',
+        put: 'tags,',
+      },
+    ],
+    amplifiers: [NO_NOTIFICATIONS, NO_CLOSE_FOLLOWING],
+    profile: calm({ workload: { list: 20, update: 30 } }),
   },
   {
     name: 'key-floor-of-invalidation',

@@ -61,6 +61,7 @@ export const WORKLOAD = {
   batch: 6,
   fresh: 4,
   cacheOnly: 4,
+  list: 5,
   update: 12,
   create: 3,
   delete: 4,
