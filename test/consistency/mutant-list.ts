@@ -268,9 +268,11 @@ export const MUTANTS: readonly Mutant[] = [
         put: '((sentAtMs = this.#options.now()), page.rows.every((row, i) => row.revision === from + 1 + i))',
       },
     ],
+    amplifiers: [NO_NOTIFICATIONS, RARE_POLLS],
     profile: calm({
       faults: { postgresDelay: true },
       delayMs: 850,
+      faultForMs: 3000,
       faultEveryMs: 400,
       workload: { update: 5, delete: 1, read: 90 },
     }),
