@@ -45,7 +45,8 @@ export type WatchMessage =
     }
   /** Watchers that are sent the same rows are given the same array, so that it can be encoded once. */
   | { readonly kind: 'batch'; readonly rows: readonly LogEntry[] }
-  | { readonly kind: 'heartbeat'; readonly revision: Revision }
+  /** Everything that was committed until `heardAfterMs` after the call began has been sent. */
+  | { readonly kind: 'heartbeat'; readonly revision: Revision; readonly heardAfterMs: number }
   | { readonly kind: 'gap'; readonly after: Revision; readonly through: Revision }
   | { readonly kind: 'draining'; readonly position: Revision }
 
@@ -196,10 +197,11 @@ export class Subscriptions implements Follower {
     draining: AbortSignal,
   ): AsyncGenerator<WatchMessage> {
     const { tenant, connection } = request
+    const calledMs = this.#tail.now()
     const view = await this.#tail.activated(tenant, signal)
     const watched = this.#enter(tenant, connection, view)
     try {
-      yield* this.#follow(request, view, watched, signal, draining)
+      yield* this.#follow(request, calledMs, view, watched, signal, draining)
     } finally {
       this.#leave(tenant, connection, watched)
     }
@@ -207,6 +209,7 @@ export class Subscriptions implements Follower {
 
   async *#follow(
     request: WatchRequest,
+    calledMs: number,
     view: View,
     watched: Watched,
     signal: AbortSignal,
@@ -223,7 +226,7 @@ export class Subscriptions implements Follower {
     }
     yield { kind: 'started', position: cursor, oldestResumable: oldest - 1, heartbeatMs }
     // Timers run in real time, so what paces them does too; the view's clock decides what a heartbeat may claim.
-    let sentAtMs = performance.now()
+    let beatAtMs = performance.now()
     for (;;) {
       if (draining.aborted) {
         yield { kind: 'draining', position: cursor }
@@ -232,12 +235,12 @@ export class Subscriptions implements Follower {
       signal.throwIfAborted()
       const { position: end } = view
       if (cursor >= end) {
-        // What is left out of a watcher's selection does not put off its heartbeat, which is a proof only while this
-        // instance hears of the log itself.
-        const dueInMs = sentAtMs + heartbeatMs - performance.now()
+        // Events do not put off a heartbeat: they do not prove that no others are missing. It is a proof only while
+        // this instance hears of the log itself.
+        const dueInMs = beatAtMs + heartbeatMs - performance.now()
         if (dueInMs <= 0 && view.hasHeard(this.#tail.now())) {
-          yield { kind: 'heartbeat', revision: cursor }
-          sentAtMs = performance.now()
+          yield { kind: 'heartbeat', revision: cursor, heardAfterMs: view.heardMs - calledMs }
+          beatAtMs = performance.now()
           continue
         }
         const woken = await this.#news(watched, Math.max(dueInMs, MIN_PAUSE_MS), signal, draining)
@@ -253,7 +256,6 @@ export class Subscriptions implements Follower {
         const through = next === undefined ? end : next.revision - 1
         this.#metrics.gapsSent++
         yield { kind: 'gap', after: cursor, through }
-        sentAtMs = performance.now()
         cursor = through
         continue
       }
@@ -261,7 +263,6 @@ export class Subscriptions implements Follower {
       const wanted = select(rows, request)
       if (wanted.length === 0) continue
       yield { kind: 'batch', rows: wanted }
-      sentAtMs = performance.now()
     }
   }
 

@@ -155,6 +155,11 @@ export class View {
     return this.#position
   }
 
+  /** When the last poll was sent whose complete answer has been applied; -Infinity: never. */
+  get heardMs(): number {
+    return this.#heardMs
+  }
+
   /** The rule, but for heard: what the floors say of a copy. */
   judge({ id, asOf, tags }: Dated): Verdict {
     const tenant = this.#tenant

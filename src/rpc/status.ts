@@ -57,6 +57,13 @@ export function toDuration(ms: number): Duration {
   })
 }
 
+/** Milliseconds as the message, rounded down. */
+export function toSignedDuration(ms: number): Duration {
+  const nanos = Math.floor(ms * 1e6)
+  const seconds = Math.trunc(nanos / 1e9)
+  return create(DurationSchema, { seconds: BigInt(seconds), nanos: nanos - seconds * 1e9 })
+}
+
 /**
  * Any error as one of the domain. A bug becomes `internal` with a reference id, which is all that the caller
  * sees; `log` gets the id and the error itself.

@@ -15,7 +15,7 @@ import { DEFAULT_READ, type Reader } from '../service/read.ts'
 import type { LogEntry } from '../tiers/tier.ts'
 import type { CallContext, StreamHandler } from './call.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration } from './status.ts'
+import { toDuration, toSignedDuration } from './status.ts'
 import {
   checkId,
   checkListSize,
@@ -105,7 +105,10 @@ function encode(message: WatchMessage): Reply {
         },
       })
     case 'heartbeat':
-      return event({ case: 'heartbeat', value: { revision: BigInt(message.revision) } })
+      return event({
+        case: 'heartbeat',
+        value: { revision: BigInt(message.revision), heardAfter: toSignedDuration(message.heardAfterMs) },
+      })
     case 'gap':
       return event({ case: 'gap', value: { after: BigInt(message.after), through: BigInt(message.through) } })
     case 'draining':

@@ -211,12 +211,30 @@ describe('a watcher', () => {
     const revision = await bed.write(1)
     const { stream } = await bed.watching({ heartbeatMs: 100 })
     bed.nowMs += 100
-    expect(await next(stream)).toEqual({ kind: 'heartbeat', revision })
+    expect(await next(stream)).toMatchObject({ kind: 'heartbeat', revision })
     bed.nowMs += 2000
     // A heartbeat would come long before the row.
     const waiting = next(stream)
     await bed.write(1)
     expect(await waiting).toMatchObject({ kind: 'batch' })
+  })
+
+  test('is told, also while events flow, until when it has been sent everything', async () => {
+    await using bed = new Bed()
+    await bed.write(1)
+    const beganMs = bed.nowMs
+    const { stream } = await bed.watching({ heartbeatMs: 100 })
+    let [writes, beats] = [0, 0]
+    while (beats < 3) {
+      const message = await next(stream)
+      if (message?.kind !== 'heartbeat') continue
+      beats++
+      // Whoever counts from when they called knows no more than was heard of.
+      expect(beganMs + message.heardAfterMs).toBeLessThanOrEqual(bed.nowMs)
+      expect(beganMs + message.heardAfterMs).toBeGreaterThanOrEqual(bed.nowMs - 1500)
+      bed.nowMs += 100
+      for (; writes < 10 * beats; writes++) await bed.write(1)
+    }
   })
 
   test('is told where it stands when the server drains', async () => {
