@@ -1,13 +1,24 @@
 /** The client: typed calls with defaults that suit most callers. `connect` is the only way to get one. */
 import { randomUUID } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { create, type MessageInitShape } from '@bufbuild/protobuf'
 import type { Duration } from '@bufbuild/protobuf/wkt'
 import { type ChannelCredentials, type ChannelOptions, credentials } from '@grpc/grpc-js'
-import { toDuration } from './duration.ts'
-import { fromItemError, InternalError, InvalidArgumentError, type ItemCacheError } from './errors.ts'
+import { toDuration, toMs } from './duration.ts'
+import {
+  DeadlineExceededError,
+  fromItemError,
+  InternalError,
+  InvalidArgumentError,
+  type ItemCacheError,
+  NotFoundError,
+  UnavailableError,
+} from './errors.ts'
 import {
   type BatchGetItemsResult,
+  CacheOutcome,
   type CacheStatus,
+  CacheStatusSchema,
   Freshness,
   type InspectItemResponse,
   type InvalidateItemsRequest,
@@ -19,8 +30,17 @@ import {
   ItemTagsSchema,
   type MetricsSnapshot,
   type ReadOptionsSchema,
+  StaleReason,
 } from './gen/itemcache/v1/item_cache_pb.ts'
+import {
+  type Copy,
+  NearCache,
+  type NearCacheOptions,
+  type NearCacheStats,
+  type Wanted,
+} from './near-cache.ts'
 import { type CallOptions, metadataOf, Transport } from './transport.ts'
+import { type FollowParts, follow, type WatchMessage, type WatchOptions } from './watch.ts'
 
 export type { CallOptions } from './transport.ts'
 
@@ -82,6 +102,8 @@ export interface ConnectOptions {
   readonly keepaliveTimeoutMs?: number | undefined
   /** HTTP/2 window of the connection and of each call. Default: 1 MiB. */
   readonly flowControlWindowBytes?: number | undefined
+  /** Keeps copies of items in this process, which the stream of invalidations keeps right. Default: none. */
+  readonly nearCache?: NearCacheOptions | undefined
   /** Options of the grpc-js channel; they win over everything above. */
   readonly channelOptions?: ChannelOptions | undefined
 }
@@ -119,6 +141,8 @@ export interface GetResult {
   /** `undefined` only when `notModified`, and for a miss with `cache-only`. An absent item is a NotFoundError. */
   readonly item: Item | undefined
   readonly notModified: boolean
+  /** The answer came out of the near cache; its `cache` names no tier. */
+  readonly near: boolean
   /** Where the answer came from. */
   readonly cache: CacheStatus | undefined
   /** The answer is the tenant's state at this revision. */
@@ -132,6 +156,8 @@ export interface GetManyResult {
   readonly id: string
   readonly item: Item | undefined
   readonly error: ItemCacheError | undefined
+  /** The answer came out of the near cache. */
+  readonly near: boolean
   /** Where the answer came from; `undefined` with an error that no tier gave. */
   readonly cache: CacheStatus | undefined
 }
@@ -227,6 +253,11 @@ export class Client implements AsyncDisposable {
   readonly #transport: Transport
   readonly #reading: Readonly<Record<string, string>>
   readonly #writing: Readonly<Record<string, string>>
+  readonly #timeoutMs: number
+  readonly #follow: FollowParts
+  readonly #near: NearCache | undefined
+  /** Loads for the near cache, by id. */
+  readonly #flights = new Map<string, Promise<GetResult>>()
 
   constructor(target: string, options: ConnectOptions) {
     const { tenant, clientId, timeoutMs = 1000 } = options
@@ -239,10 +270,34 @@ export class Client implements AsyncDisposable {
       channelOptions(target, options),
       timeoutMs,
     )
+    this.#timeoutMs = timeoutMs
+    this.#follow = {
+      transport: this.#transport,
+      metadata: this.#reading,
+      now: () => performance.now(),
+      random: Math.random,
+      sleep: (ms, signal) => sleep(ms, undefined, { ...(signal && { signal }) }).catch(() => {}),
+    }
+    if (options.nearCache !== undefined) {
+      try {
+        this.#near = new NearCache(options.nearCache, this.#follow)
+      } catch (cause) {
+        throw new InvalidArgumentError((cause as Error).message, { reason: 'INVALID_NEAR_CACHE', cause })
+      }
+    }
+  }
+
+  /** What the near cache has done, and how it is; `undefined` without one. */
+  get nearCache(): NearCacheStats | undefined {
+    return this.#near?.stats
   }
 
   /** One item. NotFoundError when it is absent. */
-  async get(id: string, options: GetOptions = {}): Promise<GetResult> {
+  get(id: string, options: GetOptions = {}): Promise<GetResult> {
+    return this.#near === undefined ? this.#get(id, options) : this.#getNear(this.#near, id, options)
+  }
+
+  async #get(id: string, options: GetOptions): Promise<GetResult> {
     const { result, cache, revision } = await this.#transport.unary(
       method.getItem,
       {
@@ -256,8 +311,58 @@ export class Client implements AsyncDisposable {
     return {
       item: result.case === 'item' ? result.value : undefined,
       notModified: result.case === 'notModified' && result.value,
+      near: false,
       cache,
       revision,
+    }
+  }
+
+  /** From the near cache, or from the service; those who miss the same item at the same time share a call. */
+  async #getNear(near: NearCache, id: string, options: GetOptions): Promise<GetResult> {
+    const wanted = wantedOf(options)
+    if (!mayBeNear(options)) return this.#load(near, id, options, wanted)
+    const copy = near.get(id, wanted)
+    if (copy !== undefined) return nearResult(copy, undefined)
+    if (!isOrdinary(options)) return this.#load(near, id, options, wanted)
+    const flight = this.#flights.get(id)
+    if (flight !== undefined) {
+      await flight.catch(() => {})
+      // What was asked for before this reader came must pass the rule now.
+      const landed = near.get(id, wanted)
+      return landed === undefined ? this.#load(near, id, options, wanted) : nearResult(landed, undefined)
+    }
+    const load = this.#load(near, id, options, wanted).finally(() => this.#flights.delete(id))
+    this.#flights.set(id, load)
+    return load
+  }
+
+  /** From the service, and nothing older than what is known here. */
+  async #load(near: NearCache, id: string, options: GetOptions, wanted: Wanted): Promise<GetResult> {
+    const { timeoutMs = this.#timeoutMs } = options
+    const beganMs = performance.now()
+    let minRevision = Math.max(wanted.minRevision, near.least(id))
+    for (let attempt = 1; ; attempt++) {
+      const sentAtMs = performance.now()
+      const left = attempt === 1 ? timeoutMs : timeoutMs - (sentAtMs - beganMs)
+      let answer: GetResult | NotFoundError
+      try {
+        if (!(left > 0))
+          throw new DeadlineExceededError('the service did not catch up with the stream in time')
+        answer = await this.#get(id, { ...options, timeoutMs: left, minRevision: BigInt(minRevision) })
+      } catch (error) {
+        if (!(error instanceof NotFoundError)) return staleInstead(near, id, options, wanted, error)
+        answer = error
+      }
+      if (takes(near, id, answer, sentAtMs, options)) {
+        if (answer instanceof NotFoundError) throw answer
+        return answer
+      }
+      if (attempt === MAX_ATTEMPTS) {
+        throw new UnavailableError('the service is behind what its stream has shown', {
+          reason: 'BEHIND_STREAM',
+        })
+      }
+      minRevision = Math.max(minRevision, near.least(id), near.position)
     }
   }
 
@@ -266,8 +371,13 @@ export class Client implements AsyncDisposable {
    * Asked for in batches of 500, each with its own deadline; rejects when a batch as a whole fails.
    */
   async getMany(ids: Iterable<string>, options: GetManyOptions = {}): Promise<Map<string, GetManyResult>> {
-    const distinct = [...new Set(ids)]
-    const results = new Map<string, GetManyResult>(distinct.map((id) => [id, unanswered(id)]))
+    const all = [...new Set(ids)]
+    const results = new Map<string, GetManyResult>(all.map((id) => [id, unanswered(id)]))
+    const near = this.#near
+    const wanted = wantedOf(options)
+    const copies = near !== undefined && mayBeNear(options) ? all.map((id) => near.get(id, wanted)) : []
+    for (const copy of copies) if (copy !== undefined) results.set(copy.id, nearManyResult(copy))
+    const distinct = all.filter((_, i) => copies[i] === undefined)
     const failed = new AbortController()
     const signal = options.signal ? AbortSignal.any([options.signal, failed.signal]) : failed.signal
     const common = { options: readOptions(options), readMask: fieldMask(options.fields) }
@@ -276,13 +386,28 @@ export class Client implements AsyncDisposable {
       while (next < distinct.length) {
         const batch = distinct.slice(next, next + BATCH_IDS)
         next += BATCH_IDS
+        const least = near === undefined ? 0 : Math.max(...batch.map((id) => near.least(id)))
         const request = { ...common, ids: batch }
+        if (least > wanted.minRevision) request.options = { ...common.options, minRevision: BigInt(least) }
+        const sentAtMs = performance.now()
         const answer = await this.#transport.unary(
           method.batchGetItems,
           request,
           this.#toRead({ ...options, signal }),
         )
-        for (const [i, id] of batch.entries()) results.set(id, manyResult(id, answer.results[i]))
+        const late: string[] = []
+        for (const [i, id] of batch.entries()) {
+          const result = manyResult(id, answer.results[i])
+          results.set(id, result)
+          const { error = result } = result
+          if (near === undefined || (error !== result && !(error instanceof NotFoundError))) continue
+          const answered = error instanceof NotFoundError ? error : { ...result, notModified: false }
+          if (!takes(near, id, answered, sentAtMs, options)) late.push(id)
+        }
+        // Older than what is known here by now: each is asked for again.
+        await Promise.all(
+          late.map(async (id) => results.set(id, await this.#again(id, { ...options, signal }))),
+        )
       }
     }
     try {
@@ -292,6 +417,16 @@ export class Client implements AsyncDisposable {
       failed.abort()
     }
     return results
+  }
+
+  async #again(id: string, options: GetManyOptions): Promise<GetManyResult> {
+    try {
+      const { item, cache, near } = await this.get(id, options)
+      return { id, item, error: undefined, near, cache }
+    } catch (error) {
+      const { cache } = error as ItemCacheError
+      return { id, item: undefined, error: error as ItemCacheError, near: false, cache }
+    }
   }
 
   /** The items that the database holds, in the order of their ids (by bytes). */
@@ -320,7 +455,7 @@ export class Client implements AsyncDisposable {
   /** Creates an item. AlreadyExistsError when the id is taken, also by an item of the origin. */
   async create(item: ItemInit, options: WriteOptions = {}): Promise<WriteResult> {
     const request = { item, requestId: requestId(options) }
-    return written(await this.#transport.unary(method.createItem, request, this.#toWrite(options)))
+    return this.#written(await this.#transport.unary(method.createItem, request, this.#toWrite(options)))
   }
 
   /**
@@ -334,7 +469,13 @@ export class Client implements AsyncDisposable {
       allowMissing: options.allowMissing ?? false,
       requestId: requestId(options),
     }
-    return written(await this.#transport.unary(method.updateItem, request, this.#toWrite(options)))
+    return this.#written(await this.#transport.unary(method.updateItem, request, this.#toWrite(options)))
+  }
+
+  #written(answer: { item?: Item | undefined; revision: bigint }): WriteResult {
+    const item = present(answer.item, 'a write')
+    this.#near?.wrote(item.id, 'EXPIRE', Number(answer.revision))
+    return { item, revision: answer.revision }
   }
 
   /** Deletes an item. It stays deleted, whatever the origin says. NotFoundError when it is absent. */
@@ -342,6 +483,7 @@ export class Client implements AsyncDisposable {
     const { etag = '', allowMissing = false } = options
     const request = { id, etag, allowMissing, requestId: requestId(options) }
     const { revision } = await this.#transport.unary(method.deleteItem, request, this.#toWrite(options))
+    this.#near?.wrote(id, 'REMOVE', Number(revision))
     return { revision }
   }
 
@@ -354,6 +496,7 @@ export class Client implements AsyncDisposable {
       requestId: requestId(options),
     }
     const { revision } = await this.#transport.unary(method.invalidateItems, request, this.#toWrite(options))
+    this.#near?.invalidated(invalidationOf(what), Number(revision))
     return { revision }
   }
 
@@ -376,9 +519,20 @@ export class Client implements AsyncDisposable {
     for await (const { snapshot } of frames) yield present(snapshot, 'WatchMetrics')
   }
 
+  /**
+   * The tenant's invalidations, in the order of revisions, each once, until the caller breaks off. It goes on by itself after
+   * any disconnect, on whichever instance; what nobody can tell any more comes as a `gap`. OutOfRangeError: `resumeAfter` is
+   * ahead of the log, which is another one than it was.
+   */
+  watch(options: WatchOptions = {}): AsyncGenerator<WatchMessage, void, undefined> {
+    return follow(this.#follow, options)
+  }
+
   /** Takes no more calls, ends streams with CancelledError, and resolves when the calls under way are over. */
-  close(): Promise<void> {
-    return this.#transport.close()
+  async close(): Promise<void> {
+    const closing = this.#transport.close()
+    await this.#near?.close()
+    await closing
   }
 
   /** As `close`, for `await using`. */
@@ -450,7 +604,7 @@ function fieldMask(fields: readonly string[] | undefined) {
 
 function unanswered(id: string): GetManyResult {
   const error = new InternalError('the service did not answer for this id', { id })
-  return { id, item: undefined, error, cache: undefined }
+  return { id, item: undefined, error, near: false, cache: undefined }
 }
 
 function manyResult(id: string, answer: BatchGetItemsResult | undefined): GetManyResult {
@@ -460,6 +614,7 @@ function manyResult(id: string, answer: BatchGetItemsResult | undefined): GetMan
     id,
     item: result.case === 'item' ? result.value : undefined,
     error: result.case === 'error' ? fromItemError(id, result.value, cache) : undefined,
+    near: false,
     cache,
   }
 }
@@ -470,10 +625,117 @@ function targetOf(what: Invalidation): InvalidateItemsRequest['target'] {
   return { case: 'all', value: true }
 }
 
+function invalidationOf(what: Invalidation): Parameters<NearCache['invalidated']>[0] {
+  const mode = what.mode === 'remove' ? 'REMOVE' : 'EXPIRE'
+  if ('ids' in what) return { kind: 'KEYS_INVALIDATED', mode, ids: what.ids, tags: [] }
+  if ('tags' in what) return { kind: 'TAGS_INVALIDATED', mode, ids: [], tags: what.tags }
+  return { kind: 'TENANT_INVALIDATED', mode, ids: [], tags: [] }
+}
+
 const requestId = (options: WriteOptions): string => options.requestId ?? randomUUID()
 
-function written({ item, revision }: { item?: Item | undefined; revision: bigint }): WriteResult {
-  return { item: present(item, 'a write'), revision }
+/** Times that the service is asked for an answer that is not older than what the near cache knows. */
+const MAX_ATTEMPTS = 3
+
+function wantedOf({ minRevision = 0n, maxStalenessMs = Number.POSITIVE_INFINITY }: ReadOptions): Wanted {
+  return { minRevision: Number(minRevision), maxStalenessMs }
+}
+
+/** Whether a whole copy will do. */
+function mayBeNear({ freshness, fields, ifNoneMatch }: GetOptions): boolean {
+  return freshness !== 'fresh' && fields === undefined && ifNoneMatch === undefined
+}
+
+/** Whether a call asks for nothing in particular, so that it can be shared. */
+function isOrdinary(options: GetOptions): boolean {
+  return Object.values(options).every((value) => value === undefined)
+}
+
+/** Shows an answer to the near cache. False: it is older than what is known there. */
+function takes(
+  near: NearCache,
+  id: string,
+  answer: Pick<GetResult, 'item' | 'cache' | 'notModified'> | NotFoundError,
+  sentAtMs: number,
+  { fields }: ReadOptions,
+): boolean {
+  const { cache } = answer
+  const item = answer instanceof NotFoundError ? undefined : answer.item
+  const isAbsent = answer instanceof NotFoundError
+  // A miss with cache-only says nothing; an answer that is undated can neither be judged nor kept.
+  if (cache === undefined || (item === undefined && !isAbsent && !answer.notModified)) return true
+  const copy: Copy = {
+    id,
+    asOf: Number(cache.asOf),
+    item: item && deepFreeze(item),
+    tags: item === undefined ? [] : item.category === '' ? item.tags : [...item.tags, item.category],
+    verifiedAtMs: sentAtMs - (toMs(cache.age) ?? 0),
+    freshUntilMs: sentAtMs + (toMs(cache.freshFor) ?? 0),
+  }
+  const isWhole = fields === undefined && (item !== undefined || isAbsent)
+  return near.arrived(copy, isWhole && cache.outcome !== CacheOutcome.STALE)
+}
+
+/** A copy that the service cannot replace now, marked; or the error. */
+function staleInstead(
+  near: NearCache,
+  id: string,
+  options: GetOptions,
+  wanted: Wanted,
+  error: unknown,
+): GetResult {
+  const isDown = error instanceof UnavailableError || error instanceof DeadlineExceededError
+  const may = isDown && options.allowStale !== false && mayBeNear(options)
+  const copy = may ? near.staleInstead(id, wanted) : undefined
+  if (copy === undefined) throw error
+  return nearResult(copy, StaleReason.TIER_DOWN)
+}
+
+/** Throws NotFoundError for a copy that says that the item is absent. */
+function nearResult(copy: Copy, stale: StaleReason | undefined): GetResult {
+  const cache = nearStatus(copy, stale)
+  if (copy.item === undefined) {
+    throw new NotFoundError('the item does not exist', { reason: 'ITEM_NOT_FOUND', id: copy.id, cache })
+  }
+  return { item: copy.item, notModified: false, near: true, cache, revision: cache.asOf }
+}
+
+function nearManyResult(copy: Copy): GetManyResult {
+  const { id, item } = copy
+  const cache = nearStatus(copy, undefined)
+  const error =
+    item === undefined
+      ? new NotFoundError('the item does not exist', { reason: 'ITEM_NOT_FOUND', id, cache })
+      : undefined
+  return { id, item, error, near: true, cache }
+}
+
+function nearStatus(
+  { asOf, item, verifiedAtMs, freshUntilMs }: Copy,
+  stale: StaleReason | undefined,
+): CacheStatus {
+  const now = performance.now()
+  return create(CacheStatusSchema, {
+    outcome:
+      stale !== undefined
+        ? CacheOutcome.STALE
+        : item === undefined
+          ? CacheOutcome.NEGATIVE_HIT
+          : CacheOutcome.HIT,
+    ...(stale !== undefined && { staleReason: stale }),
+    age: toDuration(now - verifiedAtMs),
+    freshFor: toDuration(Math.max(0, freshUntilMs - now)),
+    asOf: BigInt(asOf),
+  })
+}
+
+/** Copies are shared by all who read them: whoever changes one gets a TypeError. */
+function deepFreeze<T extends object>(value: T): T {
+  for (const part of Object.values(value)) {
+    // Bytes (of fields that only a newer service knows) cannot be frozen.
+    if (typeof part === 'object' && part !== null && !ArrayBuffer.isView(part)) deepFreeze(part)
+  }
+  return Object.freeze(value)
 }
 
 function present<T>(value: T | undefined, where: string): T {

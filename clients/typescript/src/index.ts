@@ -46,6 +46,9 @@ export {
   CacheOutcome,
   type CacheStatus,
   type InspectItemResponse,
+  type InvalidationEvent,
+  InvalidationKind,
+  InvalidationMode,
   type Item,
   ItemSource,
   type Latency,
@@ -61,3 +64,5 @@ export {
   type TierMetrics,
 } from './gen/itemcache/v1/item_cache_pb.ts'
 export { formatMoney, parseMoney } from './money.ts'
+export type { NearCacheOptions, NearCacheState, NearCacheStats } from './near-cache.ts'
+export type { WatchMessage, WatchOptions } from './watch.ts'

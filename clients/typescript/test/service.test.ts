@@ -214,7 +214,7 @@ test('the code of the README runs as it is', async () => {
   const directory = join(import.meta.dirname, '..')
   const readme = await readFile(join(directory, 'README.md'), 'utf8')
   const code = [...readme.matchAll(/^```ts\n(.*?)^```$/gms)].map(([, block]) => block).join('\n')
-  const program = code.replace("'127.0.0.1:50051'", `'${service.address}'`)
+  const program = code.replaceAll("'127.0.0.1:50051'", `'${service.address}'`)
   // The README's default deadline suits a service that is warm.
   await client.get('1')
   const { stdout } = await promisify(execFile)(
@@ -224,6 +224,7 @@ test('the code of the README runs as it is', async () => {
   )
   expect(stdout).toMatch(/^\S.* from tier \d/)
   expect(stdout).toContain('no-such-item the item does not exist')
+  expect(stdout).toMatch(/the first change since \d+n is of \[ 'lamp-1' \]/)
   expect(stdout).toContain('somebody else has changed it')
   expect(stdout).toContain('NOT_FOUND ITEM_NOT_FOUND no-such-item')
 })

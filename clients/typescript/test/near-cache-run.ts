@@ -1,0 +1,179 @@
+/**
+ * Readers with near caches against writers at full speed on two servers, which are killed and started again all the time:
+ * no read may be older than an event that its client has seen, than anything shown before, or than the bound.
+ *
+ *     npm run near-cache -- --seconds 60
+ */
+
+import { join, resolve } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { parseArgs } from 'node:util'
+import { startPostgres } from '../../../src/embedded/postgres.ts'
+import { Instance } from '../../../test/consistency/servers.ts'
+import { makeRunDirectory } from '../../../test/support/run-directory.ts'
+import { type Client, connect, ItemCacheError } from '../src/index.ts'
+
+const ROOT = resolve(import.meta.dirname, '..', '..', '..')
+const IDS = Array.from({ length: 20 }, (_, i) => `k${i}`)
+const TENANT = 'near'
+const BOUND_MS = 1500
+const WRITERS = 4
+const READERS = 2
+const KILL_EVERY_MS = 3000
+
+export interface Summary {
+  readonly reads: number
+  readonly nearHits: number
+  readonly failedReads: number
+  readonly writes: number
+  readonly kills: number
+  readonly events: number
+  /** The oldest that a near hit was, in milliseconds: how long before it a write that it lacks had been acknowledged. */
+  readonly oldestMs: number
+  /** What must not be, in words. */
+  readonly violations: readonly string[]
+}
+
+interface Acknowledged {
+  readonly revision: number
+  readonly atMs: number
+}
+
+/** Runs for so long on a database of its own. */
+export async function run(options: {
+  readonly seconds: number
+  readonly databaseUrl: string
+  readonly directory: string
+  readonly progress?: (line: string) => void
+}): Promise<Summary> {
+  const { seconds, databaseUrl, directory, progress = () => {} } = options
+  await using started = new AsyncDisposableStack()
+  const ports = [await freePort(), await freePort()]
+  const instances = ports.map((port, i) => {
+    const env = {
+      DATABASE_URL: databaseUrl,
+      REDIS_URL: 'off',
+      ORIGIN_URL: 'off',
+      ITEMCACHE_LISTEN: `127.0.0.1:${port}`,
+      ITEMCACHE_ADMIN_LISTEN: 'off',
+      ITEMCACHE_LOG_LEVEL: 'warn',
+    }
+    return started.use(new Instance(`${i}`, ROOT, env, join(directory, `near-${i}.log`)))
+  })
+  for (const instance of instances) await instance.start()
+  const target = `ipv4:${instances.map(({ address }) => address).join(',')}`
+  const newClient = (near: boolean): Client =>
+    started.use(
+      connect(target, {
+        tenant: TENANT,
+        timeoutMs: 2000,
+        ...(near && { nearCache: { maxEntries: 1000 } }),
+        channelOptions: { 'grpc.initial_reconnect_backoff_ms': 100, 'grpc.max_reconnect_backoff_ms': 300 },
+      }),
+    )
+  const violations: string[] = []
+  const bad = (text: string) => {
+    if (violations.length < 20) violations.push(text)
+  }
+  const acknowledged = new Map<string, Acknowledged[]>(IDS.map((id) => [id, []]))
+  let [reads, nearHits, failedReads, writes, kills, oldestMs] = [0, 0, 0, 0, 0, 0]
+  let over = false
+  const writer = newClient(false)
+  for (const id of IDS) await writer.update({ id, title: '0' }, { allowMissing: true })
+
+  const writing = Array.from({ length: WRITERS }, async (_, n) => {
+    for (let i = 0; !over; i++) {
+      const id = IDS[(n + i * WRITERS) % IDS.length] ?? ''
+      try {
+        const { revision } = await writer.update({ id, title: `${n}.${i}` }, { allowMissing: true })
+        writes++
+        acknowledged.get(id)?.push({ revision: Number(revision), atMs: performance.now() })
+      } catch (error) {
+        if (!(error instanceof ItemCacheError)) throw error
+      }
+    }
+  })
+  const readers = Array.from({ length: READERS }, () => newClient(true))
+  const reading = readers.map(async (client) => {
+    const shown = new Map<string, { readonly revision: number; readonly title: string }>()
+    for (let i = 0; !over; i++) {
+      const id = IDS[i % IDS.length] ?? ''
+      const beganMs = performance.now()
+      const seen = Number(client.nearCache?.position ?? 0n)
+      reads++
+      try {
+        const { item, near, revision, cache } = await client.get(id, { allowStale: false })
+        const asOf = Number(revision)
+        const last = shown.get(id)
+        const rowRevision = Number(item?.revision)
+        if (last !== undefined && rowRevision < last.revision)
+          bad(`${id}: ${rowRevision} after ${last.revision}`)
+        if (last?.revision === rowRevision && last.title !== item?.title)
+          bad(`${id}: two titles at ${rowRevision}`)
+        shown.set(id, { revision: rowRevision, title: item?.title ?? '' })
+        if (near && asOf < seen) bad(`${id}: as of ${asOf}, and the stream was at ${seen}`)
+        for (const { revision: acked, atMs } of (acknowledged.get(id) ?? []).slice(-200)) {
+          if (acked <= asOf || atMs >= beganMs) continue
+          if (near) oldestMs = Math.max(oldestMs, beganMs - atMs)
+          if (beganMs - atMs > BOUND_MS + 20) {
+            bad(
+              `${id}: as of ${asOf} (${near ? 'near' : cache?.tier}), ${Math.round(beganMs - atMs)} ms after ${acked}`,
+            )
+          }
+        }
+        if (near) nearHits++
+      } catch (error) {
+        if (!(error instanceof ItemCacheError)) throw error
+        failedReads++
+      }
+      if (i % 50 === 0) await sleep(1)
+    }
+  })
+  const startedMs = performance.now()
+  const killing = (async () => {
+    for (let i = 0; !over; i++) {
+      const untilMs = startedMs + (i + 1) * KILL_EVERY_MS
+      while (!over && performance.now() < untilMs) await sleep(50)
+      if (over) return
+      const victim = instances[i % 2]
+      await victim?.kill()
+      kills++
+      await sleep(300)
+      if (!over) await victim?.start()
+    }
+  })()
+  while (performance.now() < startedMs + seconds * 1000) {
+    await sleep(Math.min(5000, seconds * 1000))
+    progress(
+      `${reads} reads, ${nearHits} of them near, ${writes} writes, ${kills} kills, ${violations.length} violations`,
+    )
+  }
+  over = true
+  await Promise.all([...writing, ...reading, killing])
+  const events = readers.reduce((sum, client) => sum + (client.nearCache?.events ?? 0), 0)
+  return { reads, nearHits, failedReads, writes, kills, events, oldestMs: Math.round(oldestMs), violations }
+}
+
+async function freePort(): Promise<number> {
+  const { createServer } = await import('node:net')
+  const server = createServer()
+  await new Promise<void>((done) => server.listen(0, '127.0.0.1', done))
+  const { port } = server.address() as { port: number }
+  await new Promise((done) => server.close(done))
+  return port
+}
+
+if (process.argv[1] === import.meta.filename) {
+  const { values } = parseArgs({ options: { seconds: { type: 'string', default: '60' } } })
+  await using directory = makeRunDirectory()
+  await using postgres = await startPostgres({ dataDir: directory.path })
+  directory.ends(postgres.pid, 'SIGQUIT')
+  const summary = await run({
+    seconds: Number(values.seconds),
+    databaseUrl: postgres.url,
+    directory: directory.path,
+    progress: (line) => process.stderr.write(`${line}\n`),
+  })
+  console.log(JSON.stringify(summary, undefined, 2))
+  if (summary.violations.length > 0) process.exitCode = 1
+}
