@@ -1,6 +1,6 @@
 /** The composition root: constructs everything, in the order in which it is needed, and disposes it in reverse. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type Config, formatAddress, type HostPort, withoutPasswords } from './config.ts'
+import { type Config, formatAddress, type HostPort, isLoopback, withoutPasswords } from './config.ts'
 import { startCatalogue } from './embedded/catalogue.ts'
 import { startPostgres } from './embedded/postgres.ts'
 import { startRedis } from './embedded/redis.ts'
@@ -11,7 +11,10 @@ import { startAdmin } from './observe/admin.ts'
 import type { Logger } from './observe/log.ts'
 import { Metrics } from './observe/metrics.ts'
 import { prometheusText } from './observe/prometheus.ts'
+import { startAuth } from './rpc/auth.ts'
+import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
+import { TlsCredentials } from './rpc/tls.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -33,6 +36,11 @@ export interface App extends AsyncDisposable {
   /** What else an operator should know. */
   readonly notes: readonly string[]
   readonly metrics: Metrics
+  /**
+   * Reads certificates, tokens and keys of issuers again, if there are any. What is wrong with them is logged, and the
+   * former stay.
+   */
+  readonly reload: () => void
 }
 
 /** What the outside world gives to a service. */
@@ -64,6 +72,8 @@ const TRIM_STEP_ROWS = 1_000
 const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
 const HEALTH_INTERVAL_MS = 1_000
+/** How often the files of TLS are looked at. */
+const TLS_INTERVAL_MS = 5_000
 
 /** Starts the service. Throws an `ItemCacheError` whose message tells the operator what is wrong. */
 export async function startApp(config: Config, options: AppOptions): Promise<App> {
@@ -71,6 +81,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const { ttl, timeouts, pools, bounds } = config
   await using started = new AsyncDisposableStack()
   const metrics = new Metrics({ methods: RPC_METHODS })
+  // First, since these are mistakes of the operator's that need no server to be found.
+  const auth = startAuth(config.auth, { log })
+  const tls = config.tls && new TlsCredentials(config.tls, log)
 
   const servers = await startServers(config, started, progress)
   const postgres = started.use(
@@ -89,6 +102,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const memory = new MemoryTier({
     maxEntries: config.memory.maxEntries,
     maxBytes: config.memory.maxBytes,
+    tenantShare: config.memory.tenantShare,
     maxStaleMs: ttl.maxStaleMs,
     now,
   })
@@ -179,12 +193,15 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
+  const rateLimit =
+    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
       grpc: config.grpc,
       reflection: config.reflection,
-      frame: { log, metrics, now, maxDeadlineMs: timeouts.maxDeadlineMs },
+      tls,
+      frame: { log, metrics, auth, rateLimit, now, maxDeadlineMs: timeouts.maxDeadlineMs },
     },
     { reader, writer, postgres, subscriptions, inspected: parts },
   )
@@ -203,6 +220,12 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     }),
   )
 
+  if (tls !== undefined) started.use(every(TLS_INTERVAL_MS, () => tls.reload()))
+  const exposed = [config.listen, ...(config.admin ? [config.admin] : [])].some(
+    ({ host }) => !isLoopback(host),
+  )
+  if (exposed && config.insecure) log.warn(OPEN)
+
   const running = started.move()
   return {
     address: grpc.address,
@@ -213,10 +236,23 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       postgres: servers.postgres.description,
       origin: servers.origin.description,
     },
-    notes: servers.notes,
+    notes: exposed && config.insecure ? [...servers.notes, OPEN] : servers.notes,
     metrics,
+    reload: () => {
+      tls?.reload()
+      auth.reload()
+    },
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   }
+}
+
+const OPEN =
+  'ITEMCACHE_INSECURE is set: whoever reaches the addresses above may read and write without TLS or a credential, where these are not configured.'
+
+function every(ms: number, action: () => void): Disposable {
+  const timer = setInterval(action, ms)
+  timer.unref()
+  return { [Symbol.dispose]: () => clearInterval(timer) }
 }
 
 /** Where a tier's server is, and in words. */
