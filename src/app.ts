@@ -273,7 +273,7 @@ async function startServers(
     if (database.kind === 'url') return { url: database.url, description: withoutPasswords(database.url) }
     const server = started.use(await startPostgres({ dataDir, log: progress }))
     notes.push(...server.notes)
-    return { url: server.url, description: `private PostgreSQL ${server.version} in ${dataDir}` }
+    return { url: server.serviceUrl, description: `private PostgreSQL ${server.version} in ${dataDir}` }
   }
   const startCache = async (): Promise<Server> => {
     if (redis.kind === 'off') return { url: undefined, description: 'off' }
