@@ -12,6 +12,8 @@ export interface RateLimitOptions {
   readonly now: () => number
 }
 
+const ROUNDING = 1e-9
+
 interface Bucket {
   /** What was left of the burst at `atMs`. */
   left: number
@@ -38,10 +40,11 @@ export class RateLimit {
     const bucket = this.#buckets.get(tenant) ?? this.#make(tenant, nowMs)
     bucket.left = Math.min(burst, bucket.left + ((nowMs - bucket.atMs) * perSecond) / 1000)
     bucket.atMs = nowMs
-    if (bucket.left < 1) {
+    // What is missing of a call by rounding is not missing.
+    if (bucket.left < 1 - ROUNDING) {
       throw new ItemCacheError('exhausted', 'the tenant calls too often', {
         reason: 'RATE_LIMITED',
-        retryAfterMs: Math.ceil(((1 - bucket.left) * 1000) / perSecond),
+        retryAfterMs: Math.ceil(((1 - bucket.left - ROUNDING) * 1000) / perSecond),
       })
     }
     bucket.left -= 1
