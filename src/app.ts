@@ -99,6 +99,18 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     ),
   )
 
+  const notes = [...servers.notes]
+  const note = (text: string) => {
+    notes.push(text)
+    log.warn(text)
+  }
+  const role = await postgres.rolePastRowSecurity()
+  if (role !== undefined) {
+    note(
+      `Row level security does not hold the role ${role} of DATABASE_URL: use one without SUPERUSER and BYPASSRLS.`,
+    )
+  }
+
   const memory = new MemoryTier({
     maxEntries: config.memory.maxEntries,
     maxBytes: config.memory.maxBytes,
@@ -224,7 +236,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const exposed = [config.listen, ...(config.admin ? [config.admin] : [])].some(
     ({ host }) => !isLoopback(host),
   )
-  if (exposed && config.insecure) log.warn(OPEN)
+  if (exposed && config.insecure) note(OPEN)
 
   const running = started.move()
   return {
@@ -236,7 +248,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       postgres: servers.postgres.description,
       origin: servers.origin.description,
     },
-    notes: exposed && config.insecure ? [...servers.notes, OPEN] : servers.notes,
+    notes,
     metrics,
     reload: () => {
       tls?.reload()

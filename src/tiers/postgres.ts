@@ -514,6 +514,15 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return row.id
   }
 
+  /** The role that the service has, if row level security does not hold it. */
+  async rolePastRowSecurity(): Promise<string | undefined> {
+    const [row] = await this.#ask<{ role: string }>(
+      undefined,
+      'SELECT rolname AS role FROM pg_roles WHERE rolname = current_user AND (rolsuper OR rolbypassrls)',
+    )
+    return row?.role
+  }
+
   async ping(signal?: AbortSignal): Promise<void> {
     await this.#ask(undefined, 'SELECT', [], signal)
   }
