@@ -116,7 +116,7 @@ function whyGone(call: AnyCall): ItemCacheError {
 }
 
 /** Decides who calls and whether they may, before anything of the request is looked at. At once, or later for a JWT. */
-function admitted(frame: CallFrame, method: string, call: AnyCall): Identity | Promise<Identity> {
+export function admitted(frame: CallFrame, method: string, call: AnyCall): Identity | Promise<Identity> {
   const admit = (identity: Identity): Identity => {
     authorize(method, identity)
     frame.rateLimit?.take(identity.tenant)

@@ -29,6 +29,17 @@ async function itemOf(client: TestClient, request: { id: string }, options: Call
   return result.case === 'item' ? result.value : undefined
 }
 
+/** A logger of everything. */
+function logInto(lines: string[]) {
+  const destination = new Writable({
+    write(line, _, done) {
+      lines.push(String(line))
+      done()
+    },
+  })
+  return createLogger({ level: 'trace', version: 'test', destination })
+}
+
 /** What the stream of a caller ends with. */
 async function endOf(stream: AsyncIterable<unknown>) {
   try {
@@ -94,15 +105,9 @@ describe('with a token file', () => {
   let service: TestService
 
   beforeAll(async () => {
-    const destination = new Writable({
-      write(line, _, done) {
-        logged.push(String(line))
-        done()
-      },
-    })
     service = await startService({
       env: { ITEMCACHE_AUTH: `tokens:${files.write('tokens', content)}` },
-      app: { log: createLogger({ level: 'trace', version: 'test', destination }) },
+      app: { log: logInto(logged) },
     })
   })
   afterAll(async () => {
@@ -438,9 +443,14 @@ describe('with JSON Web Tokens', () => {
 
   test('while the keys cannot be had, callers are told to come again, and known tokens go on', async () => {
     await using own = await startIssuer()
-    await using other = await startService({ env: { ITEMCACHE_AUTH: own.auth } })
+    const lines: string[] = []
+    await using other = await startService({
+      env: { ITEMCACHE_AUTH: own.auth },
+      app: { log: logInto(lines) },
+    })
     own.answers = false
-    const token = bearing(await own.sign())
+    const jwt = await own.sign()
+    const token = bearing(jwt)
     expect(await other.client.failure('getItem', { id: '1' }, token)).toMatchObject({
       code: status.UNAVAILABLE,
       info: { reason: 'KEYS_UNAVAILABLE' },
@@ -449,6 +459,8 @@ describe('with JSON Web Tokens', () => {
     expect((await itemOf(other.client, { id: '1' }, token))?.id).toBe('1')
     own.answers = false
     expect((await itemOf(other.client, { id: '1' }, token))?.id).toBe('1')
+    expect(lines.join('')).toContain('the keys of the issuer cannot be had')
+    for (const part of jwt.split('.').slice(1)) expect(lines.join('')).not.toContain(part)
   })
 
   test('the keys may come from a file, which is read again on demand', async () => {
