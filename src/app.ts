@@ -33,6 +33,8 @@ export interface App extends AsyncDisposable {
   readonly admin: HostPort | undefined
   /** What each tier is, in words for the start banner. */
   readonly tiers: Readonly<Record<TierName, string>>
+  /** What callers need, for the examples of the start banner. */
+  readonly needs: { readonly tls: boolean; readonly credential: boolean }
   /** What else an operator should know. */
   readonly notes: readonly string[]
   readonly metrics: Metrics
@@ -248,6 +250,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       postgres: servers.postgres.description,
       origin: servers.origin.description,
     },
+    needs: { tls: tls !== undefined, credential: config.auth.kind !== 'none' },
     notes,
     metrics,
     reload: () => {
@@ -419,6 +422,8 @@ function observe(metrics: Metrics, memory: MemoryTier): void {
 export function banner(app: App): string {
   const address = formatAddress(app.address)
   const { memory, redis, postgres, origin } = app.tiers
+  const { tls, credential } = app.needs
+  const flags = `${tls ? '-cacert ca.pem' : '-plaintext'}${credential ? ' -H "authorization: Bearer $TOKEN"' : ''}`
   return [
     `ItemCache serves gRPC on ${address}${app.admin ? `, health and metrics on http://${formatAddress(app.admin)}` : ''}`,
     '',
@@ -429,8 +434,8 @@ export function banner(app: App): string {
     ...app.notes.map((note) => `  note       ${note}`),
     '',
     'Try it:',
-    `  grpcurl -plaintext -d '{"id": "1"}' ${address} itemcache.v1.ItemCacheService/GetItem`,
-    '  npm run itemcache -- get 1',
+    `  grpcurl ${flags} -d '{"id": "1"}' ${address} itemcache.v1.ItemCacheService/GetItem`,
+    ...(tls || credential ? [] : ['  npm run itemcache -- get 1']),
     '',
     JSON.stringify({
       ready: true,
