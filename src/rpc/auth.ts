@@ -257,10 +257,7 @@ class JwtAuthenticator implements Authenticator {
     this.#scheme = scheme
     this.#log = log
     this.#wallNow = wallNow
-    this.#keys =
-      scheme.jwks.kind === 'file'
-        ? readKeySet(scheme.jwks.file)
-        : createRemoteJWKSet(new URL(scheme.jwks.url), { timeoutDuration: JWKS_TIMEOUT_MS })
+    this.#keys = keysOf(scheme)
   }
 
   identify(metadata: Metadata): Identity | Promise<Identity> {
@@ -272,15 +269,11 @@ class JwtAuthenticator implements Authenticator {
   }
 
   reload(): void {
-    const { jwks } = this.#scheme
-    // A set that has an address is fetched again by itself.
-    if (jwks.kind === 'file') {
-      try {
-        this.#keys = readKeySet(jwks.file)
-      } catch (error) {
-        this.#log.error({ err: error }, 'the new key set cannot be used: the former keys stay')
-        return
-      }
+    try {
+      this.#keys = keysOf(this.#scheme)
+    } catch (error) {
+      this.#log.error({ err: error }, 'the new key set cannot be used: the former keys stay')
+      return
     }
     this.#verified.clear()
     this.#log.info('the keys of the issuer will be asked for again')
@@ -292,7 +285,7 @@ class JwtAuthenticator implements Authenticator {
     const nowMs = this.#wallNow()
     let payload: JWTPayload
     try {
-      const verified = await jwtVerify(token, (header, jws) => keyOf(keys, header, jws), {
+      const verified = await jwtVerify(token, keys, {
         issuer,
         audience,
         algorithms: ALGORITHMS,
@@ -333,15 +326,25 @@ class JwtAuthenticator implements Authenticator {
   }
 }
 
-async function keyOf(keys: JWTVerifyGetKey, ...[header, jws]: Parameters<JWTVerifyGetKey>) {
-  try {
-    return await keys(header, jws)
-  } catch (error) {
-    if (CALLERS_FAULTS.some((fault) => error instanceof fault)) throw error
-    throw new ItemCacheError('unavailable', 'credentials cannot be checked at the moment', {
-      reason: 'KEYS_UNAVAILABLE',
-      cause: error,
-    })
+function keysOf({ jwks }: AuthScheme & { kind: 'jwt' }): JWTVerifyGetKey {
+  return jwks.kind === 'file' ? readKeySet(jwks.file) : fetchedKeySet(jwks.url)
+}
+
+/** Fetched when it is needed. While that fails, the last keys go on: an issuer that is down locks nobody out. */
+function fetchedKeySet(url: string): JWTVerifyGetKey {
+  const keySet = createRemoteJWKSet(new URL(url), { timeoutDuration: JWKS_TIMEOUT_MS })
+  return async (header, jws) => {
+    try {
+      return await keySet(header, jws)
+    } catch (error) {
+      if (CALLERS_FAULTS.some((fault) => error instanceof fault)) throw error
+      const last = keySet.jwks()
+      if (last !== undefined) return createLocalJWKSet(last)(header, jws)
+      throw new ItemCacheError('unavailable', 'credentials cannot be checked at the moment', {
+        reason: 'KEYS_UNAVAILABLE',
+        cause: error,
+      })
+    }
   }
 }
 

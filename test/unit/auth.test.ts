@@ -1,5 +1,5 @@
 import { Metadata } from '@grpc/grpc-js'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { parseConfig } from '../../src/config.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { startAuth } from '../../src/rpc/auth.ts'
@@ -78,6 +78,22 @@ describe('a JSON Web Token', () => {
     expect(auth.identify(token)).toMatchObject({ tenant: 'acme' })
     clock.ms += 1
     await expect(auth.identify(token)).rejects.toThrow('expired')
+  })
+
+  test('is verified with the last keys while the issuer does not answer', async () => {
+    await using own = await startIssuer()
+    const clock = { ms: Date.now() }
+    const auth = authOf(own.auth, () => clock.ms)
+    const sign = async () => bearer(await own.sign({ exp: Math.floor(clock.ms / 1000) + 3600 }))
+    await auth.identify(await sign())
+    own.answers = false
+    clock.ms += 3_600_000
+    vi.useFakeTimers({ toFake: ['Date'], now: clock.ms })
+    try {
+      expect(await auth.identify(await sign())).toMatchObject({ tenant: 'acme' })
+    } finally {
+      vi.useRealTimers()
+    }
   })
 
   test('is forgotten when the keys are asked for again', async () => {
