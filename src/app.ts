@@ -1,6 +1,6 @@
 /** The composition root: constructs everything, in the order in which it is needed, and disposes it in reverse. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type Config, formatAddress, type HostPort, withoutPasswords } from './config.ts'
+import { type Config, formatAddress, type HostPort, isLoopback, withoutPasswords } from './config.ts'
 import { startCatalogue } from './embedded/catalogue.ts'
 import { startPostgres } from './embedded/postgres.ts'
 import { startRedis } from './embedded/redis.ts'
@@ -11,7 +11,10 @@ import { startAdmin } from './observe/admin.ts'
 import type { Logger } from './observe/log.ts'
 import { Metrics } from './observe/metrics.ts'
 import { prometheusText } from './observe/prometheus.ts'
+import { startAuth } from './rpc/auth.ts'
+import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
+import { TlsCredentials } from './rpc/tls.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -30,9 +33,16 @@ export interface App extends AsyncDisposable {
   readonly admin: HostPort | undefined
   /** What each tier is, in words for the start banner. */
   readonly tiers: Readonly<Record<TierName, string>>
+  /** What callers need, for the examples of the start banner. */
+  readonly needs: { readonly tls: boolean; readonly credential: boolean }
   /** What else an operator should know. */
   readonly notes: readonly string[]
   readonly metrics: Metrics
+  /**
+   * Reads certificates, tokens and keys of issuers again, if there are any. What is wrong with them is logged, and the
+   * former stay.
+   */
+  readonly reload: () => void
 }
 
 /** What the outside world gives to a service. */
@@ -64,6 +74,8 @@ const TRIM_STEP_ROWS = 1_000
 const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
 const HEALTH_INTERVAL_MS = 1_000
+/** How often the files of TLS are looked at. */
+const TLS_INTERVAL_MS = 5_000
 
 /** Starts the service. Throws an `ItemCacheError` whose message tells the operator what is wrong. */
 export async function startApp(config: Config, options: AppOptions): Promise<App> {
@@ -71,6 +83,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const { ttl, timeouts, pools, bounds } = config
   await using started = new AsyncDisposableStack()
   const metrics = new Metrics({ methods: RPC_METHODS })
+  // First, since these are mistakes of the operator's that need no server to be found.
+  const auth = startAuth(config.auth, { log })
+  const tls = config.tls && new TlsCredentials(config.tls, log)
 
   const servers = await startServers(config, started, progress)
   const postgres = started.use(
@@ -86,9 +101,22 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     ),
   )
 
+  const notes = [...servers.notes]
+  const note = (text: string) => {
+    notes.push(text)
+    log.warn(text)
+  }
+  const role = await postgres.rolePastRowSecurity()
+  if (role !== undefined) {
+    note(
+      `Row level security does not hold the role ${role} of DATABASE_URL: use one without SUPERUSER and BYPASSRLS.`,
+    )
+  }
+
   const memory = new MemoryTier({
     maxEntries: config.memory.maxEntries,
     maxBytes: config.memory.maxBytes,
+    tenantShare: config.memory.tenantShare,
     maxStaleMs: ttl.maxStaleMs,
     now,
   })
@@ -179,12 +207,15 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
+  const rateLimit =
+    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
       grpc: config.grpc,
       reflection: config.reflection,
-      frame: { log, metrics, now, maxDeadlineMs: timeouts.maxDeadlineMs },
+      tls,
+      frame: { log, metrics, auth, rateLimit, now, maxDeadlineMs: timeouts.maxDeadlineMs },
     },
     { reader, writer, postgres, subscriptions, inspected: parts },
   )
@@ -203,6 +234,12 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     }),
   )
 
+  if (tls !== undefined) started.use(every(TLS_INTERVAL_MS, () => tls.reload()))
+  const exposed = [config.listen, ...(config.admin ? [config.admin] : [])].some(
+    ({ host }) => !isLoopback(host),
+  )
+  if (exposed && config.insecure) note(OPEN)
+
   const running = started.move()
   return {
     address: grpc.address,
@@ -213,10 +250,24 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       postgres: servers.postgres.description,
       origin: servers.origin.description,
     },
-    notes: servers.notes,
+    needs: { tls: tls !== undefined, credential: config.auth.kind !== 'none' },
+    notes,
     metrics,
+    reload: () => {
+      tls?.reload()
+      auth.reload()
+    },
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   }
+}
+
+const OPEN =
+  'ITEMCACHE_INSECURE is set: whoever reaches the addresses above may read and write without TLS or a credential, where these are not configured.'
+
+function every(ms: number, action: () => void): Disposable {
+  const timer = setInterval(action, ms)
+  timer.unref()
+  return { [Symbol.dispose]: () => clearInterval(timer) }
 }
 
 /** Where a tier's server is, and in words. */
@@ -237,7 +288,7 @@ async function startServers(
     if (database.kind === 'url') return { url: database.url, description: withoutPasswords(database.url) }
     const server = started.use(await startPostgres({ dataDir, log: progress }))
     notes.push(...server.notes)
-    return { url: server.url, description: `private PostgreSQL ${server.version} in ${dataDir}` }
+    return { url: server.serviceUrl, description: `private PostgreSQL ${server.version} in ${dataDir}` }
   }
   const startCache = async (): Promise<Server> => {
     if (redis.kind === 'off') return { url: undefined, description: 'off' }
@@ -371,6 +422,8 @@ function observe(metrics: Metrics, memory: MemoryTier): void {
 export function banner(app: App): string {
   const address = formatAddress(app.address)
   const { memory, redis, postgres, origin } = app.tiers
+  const { tls, credential } = app.needs
+  const flags = `${tls ? '-cacert ca.pem' : '-plaintext'}${credential ? ' -H "authorization: Bearer $TOKEN"' : ''}`
   return [
     `ItemCache serves gRPC on ${address}${app.admin ? `, health and metrics on http://${formatAddress(app.admin)}` : ''}`,
     '',
@@ -381,8 +434,8 @@ export function banner(app: App): string {
     ...app.notes.map((note) => `  note       ${note}`),
     '',
     'Try it:',
-    `  grpcurl -plaintext -d '{"id": "1"}' ${address} itemcache.v1.ItemCacheService/GetItem`,
-    '  npm run itemcache -- get 1',
+    `  grpcurl ${flags} -d '{"id": "1"}' ${address} itemcache.v1.ItemCacheService/GetItem`,
+    ...(tls || credential ? [] : ['  npm run itemcache -- get 1']),
     '',
     JSON.stringify({
       ready: true,

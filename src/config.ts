@@ -35,6 +35,29 @@ export type OriginTarget =
   | { readonly kind: 'off' }
   | { readonly kind: 'url'; readonly url: string }
 
+/** How callers prove who they are. `file` and `jwks.file` are absolute paths. */
+export type AuthScheme =
+  | { readonly kind: 'none' }
+  | { readonly kind: 'tokens'; readonly file: string }
+  | {
+      readonly kind: 'jwt'
+      readonly issuer: string
+      readonly audience: string
+      readonly jwks:
+        | { readonly kind: 'url'; readonly url: string }
+        | { readonly kind: 'file'; readonly file: string }
+      readonly tenantClaim: string
+      readonly roleClaim: string
+    }
+
+/** Absolute paths of PEM files. */
+export interface TlsFiles {
+  readonly cert: string
+  readonly key: string
+  /** `undefined`: clients need no certificate. */
+  readonly clientCa: string | undefined
+}
+
 const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'] as const
 
 /** From the most to the least talkative. */
@@ -46,7 +69,9 @@ export interface Config {
   readonly listen: HostPort
   /** `undefined`: no admin server. */
   readonly admin: HostPort | undefined
-  readonly auth: 'none'
+  readonly auth: AuthScheme
+  /** `undefined`: no TLS. */
+  readonly tls: TlsFiles | undefined
   readonly insecure: boolean
   readonly reflection: boolean
   readonly logLevel: LogLevel
@@ -56,7 +81,12 @@ export interface Config {
   readonly redis: RedisTarget
   readonly redisEpoch: number
   readonly origin: OriginTarget
-  readonly memory: { readonly maxEntries: number; readonly maxBytes: number }
+  readonly memory: {
+    readonly maxEntries: number
+    readonly maxBytes: number
+    /** The most that one tenant may take of either bound, above 0 and up to 1. */
+    readonly tenantShare: number
+  }
   readonly ttl: {
     readonly freshForMs: number
     readonly maxStaleMs: number
@@ -85,6 +115,8 @@ export interface Config {
     readonly keepaliveTimeMs: number
     readonly keepaliveTimeoutMs: number
   }
+  /** Of each tenant. `undefined`: no limit. */
+  readonly rateLimit: { readonly perSecond: number; readonly burst: number } | undefined
   /** Bounds of what is kept per tenant, and of how many tenants it is kept for. */
   readonly bounds: { readonly floorsPerTenant: number; readonly tenants: number }
   /** Bounds of the invalidation streams. */
@@ -206,9 +238,60 @@ function oneOf<const T extends string>(...allowed: readonly T[]): (text: string)
   }
 }
 
-function onlyAuth(text: string): 'none' {
-  if (text !== 'none') throw new BrokenRule('must be none, the only scheme that this version has')
-  return 'none'
+const AUTH_RULE =
+  'must be none, tokens:FILE, or jwt:ISSUER?audience=NAME&jwks=URL-OR-FILE (and &tenant-claim=NAME, &role-claim=NAME)'
+
+function authScheme(text: string): AuthScheme {
+  if (text === 'none') return { kind: 'none' }
+  const [, kind, rest = ''] = /^(tokens|jwt):(.+)$/.exec(text) ?? []
+  if (kind === 'tokens' && !rest.includes('\0')) return { kind, file: rest }
+  const [, issuer, query] = /^([^?#\s]+)\?([^\s]+)$/.exec(rest) ?? []
+  if (kind !== 'jwt' || issuer === undefined) throw new BrokenRule(AUTH_RULE)
+  const settings = new Map<string, string>()
+  for (const [name, value] of new URLSearchParams(query)) {
+    if (!JWT_SETTINGS.includes(name)) throw new BrokenRule(`${AUTH_RULE}; there is another setting in it`)
+    if (value === '' || settings.has(name)) throw new BrokenRule(`must set ${name} once, and not to nothing`)
+    settings.set(name, value)
+  }
+  const [audience, jwks] = [settings.get('audience'), settings.get('jwks')]
+  if (audience === undefined || jwks === undefined)
+    throw new BrokenRule(`${AUTH_RULE}; audience and jwks are needed`)
+  return {
+    kind,
+    issuer,
+    audience,
+    jwks: jwksTarget(jwks),
+    tenantClaim: settings.get('tenant-claim') ?? 'tenant',
+    roleClaim: settings.get('role-claim') ?? 'role',
+  }
+}
+
+const JWT_SETTINGS: readonly string[] = ['audience', 'jwks', 'tenant-claim', 'role-claim']
+
+/** Keys that come over the network decide who is let in, so nobody may change them on the way. */
+function jwksTarget(text: string) {
+  if (!text.includes('://')) return { kind: 'file', file: text } as const
+  const url = urlOf(text, ['https', 'http'])
+  if (url === undefined || (url.protocol === 'http:' && !isLoopback(url.hostname.replace(/^\[|\]$/g, '')))) {
+    throw new BrokenRule('must name its jwks by a file or an https:// URL (http:// on loopback only)')
+  }
+  return { kind: 'url', url: text } as const
+}
+
+function percent(text: string): number {
+  const value = /^\d{1,3}$/.test(text) ? Number(text) : 0
+  if (!(value >= 1 && value <= 100)) throw new BrokenRule('must be a percentage, 1 to 100')
+  return value / 100
+}
+
+function rate(text: string): { perSecond: number; burst: number } | undefined {
+  if (text === 'off') return undefined
+  const [, perSecond, burst = perSecond] = /^(\d{1,7})(?::(\d{1,7}))?$/.exec(text) ?? []
+  const limit = { perSecond: Number(perSecond), burst: Number(burst) }
+  if (!(limit.perSecond >= 1 && limit.burst >= 1)) {
+    throw new BrokenRule('must be calls per second, or calls per second:burst (100, 100:500), or off')
+  }
+  return limit
 }
 
 function address(text: string): HostPort {
@@ -272,8 +355,8 @@ function originTarget(text: string): OriginTarget {
   return { kind: 'url', url: text.replace(/\/+$/, '') }
 }
 
-function directory(text: string): string {
-  if (text.includes('\0')) throw new BrokenRule('must be the path of a directory')
+function path(text: string): string {
+  if (text.includes('\0')) throw new BrokenRule('must be a path')
   return text
 }
 
@@ -326,7 +409,7 @@ const TABLE = {
     group: WHAT,
     default: '.itemcache',
     description: 'Where the private PostgreSQL and Redis live. Relative to the working directory.',
-    parse: directory,
+    parse: path,
   },
   listen: {
     name: 'ITEMCACHE_LISTEN',
@@ -347,14 +430,38 @@ const TABLE = {
     group: WHERE,
     default: 'none',
     description:
-      'How callers prove who they are. none: nobody is asked; the tenant is x-tenant-id, else default.',
-    parse: onlyAuth,
+      'How callers prove who they are. none: nobody is asked; the tenant is x-tenant-id, else default. tokens:FILE: tokens whose SHA-256 is in the file. jwt:ISSUER?audience=NAME&jwks=URL-OR-FILE: JSON Web Tokens; &tenant-claim= (tenant) and &role-claim= (role) name their claims.',
+    secret: true,
+    parse: authScheme,
+  },
+  tlsCert: {
+    name: 'ITEMCACHE_TLS_CERT',
+    group: WHERE,
+    default: '',
+    description: 'PEM file with the certificate of the gRPC server and its chain. Unset: no TLS.',
+    parse: path,
+  },
+  tlsKey: {
+    name: 'ITEMCACHE_TLS_KEY',
+    group: WHERE,
+    default: '',
+    description: 'PEM file with its private key.',
+    parse: path,
+  },
+  tlsClientCa: {
+    name: 'ITEMCACHE_TLS_CLIENT_CA',
+    group: WHERE,
+    default: '',
+    description:
+      'PEM file with the authorities that sign certificates of clients, which then need one (mTLS).',
+    parse: path,
   },
   insecure: {
     name: 'ITEMCACHE_INSECURE',
     group: WHERE,
     default: 'false',
-    description: 'Allows addresses that other machines can reach, without TLS and authentication.',
+    description:
+      'Allows addresses that other machines can reach without TLS or authentication; for the admin server, which has neither, it is always needed there.',
     parse: flag,
   },
   reflection: {
@@ -384,6 +491,14 @@ const TABLE = {
     default: '256MiB',
     description: 'Most bytes that those copies take, keys and bookkeeping included.',
     parse: size(MIB, 1024 * GIB),
+  },
+  tenantShare: {
+    name: 'ITEMCACHE_TENANT_MEMORY_SHARE',
+    group: MEMORY,
+    default: '100',
+    description:
+      'Most that the copies of one tenant may take of the entries and of the bytes, in percent; past it, a tenant evicts its own.',
+    parse: percent,
   },
   maxFloors: {
     name: 'ITEMCACHE_MAX_FLOORS',
@@ -512,6 +627,14 @@ const TABLE = {
     default: '16',
     description: 'Most requests to the catalogue at once.',
     parse: count(1, 1000),
+  },
+  rateLimit: {
+    name: 'ITEMCACHE_RATE_LIMIT',
+    group: LIMITS,
+    default: 'off',
+    description:
+      'Calls that each tenant may make on this instance: per second, or per second:burst (100:500). A stream is one call. off: any number.',
+    parse: rate,
   },
   maxMessageBytes: {
     name: 'ITEMCACHE_MAX_MESSAGE_BYTES',
@@ -653,6 +776,7 @@ export function parseConfig(env: Readonly<NodeJS.ProcessEnv>, cwd = process.cwd(
     }
   }
   const config = build(values as Values, cwd)
+  problems.push(...halfTls(values as Values))
   problems.push(...contradictions(config, new Set(problems.map(({ variable }) => variable))))
   if (problems.length > 0) throw new ConfigError(problems)
   return deepFrozen(config)
@@ -683,12 +807,26 @@ export function withoutPasswords(text: string): string {
     .replace(/([?&][^=&\s]*(?:pass|secret|token|key)[^=&\s]*=)[^&\s#]+/gi, '$1***')
 }
 
+function withAbsolutePaths(auth: AuthScheme, cwd: string): AuthScheme {
+  if (auth.kind === 'tokens') return { ...auth, file: resolve(cwd, auth.file) }
+  if (auth.kind !== 'jwt' || auth.jwks.kind !== 'file') return auth
+  return { ...auth, jwks: { kind: 'file', file: resolve(cwd, auth.jwks.file) } }
+}
+
 function build(values: Values, cwd: string): Config {
   return {
     version: VERSION,
     listen: values.listen,
     admin: values.admin,
-    auth: values.auth,
+    auth: withAbsolutePaths(values.auth, cwd),
+    tls:
+      values.tlsCert === ''
+        ? undefined
+        : {
+            cert: resolve(cwd, values.tlsCert),
+            key: resolve(cwd, values.tlsKey),
+            clientCa: values.tlsClientCa === '' ? undefined : resolve(cwd, values.tlsClientCa),
+          },
     insecure: values.insecure,
     reflection: values.reflection,
     logLevel: values.logLevel,
@@ -697,7 +835,7 @@ function build(values: Values, cwd: string): Config {
     redis: values.redis,
     redisEpoch: values.redisEpoch,
     origin: values.origin,
-    memory: { maxEntries: values.maxEntries, maxBytes: values.maxBytes },
+    memory: { maxEntries: values.maxEntries, maxBytes: values.maxBytes, tenantShare: values.tenantShare },
     ttl: {
       freshForMs: values.freshFor,
       maxStaleMs: values.maxStale,
@@ -725,6 +863,7 @@ function build(values: Values, cwd: string): Config {
       keepaliveTimeMs: values.keepaliveTime,
       keepaliveTimeoutMs: values.keepaliveTimeout,
     },
+    rateLimit: values.rateLimit,
     bounds: { floorsPerTenant: values.maxFloors, tenants: values.maxTenants },
     subscriptions: {
       watchersPerTenant: values.watchersPerTenant,
@@ -737,19 +876,37 @@ function build(values: Values, cwd: string): Config {
   }
 }
 
+/** A certificate goes with its key, and clients are only asked for theirs over TLS. */
+function halfTls({ tlsCert, tlsKey, tlsClientCa }: Values): Problem[] {
+  const needs = (variable: string, other: string) => [
+    { variable, rule: `must be set together with ${other}` },
+  ]
+  const { tlsCert: cert, tlsKey: key, tlsClientCa: clientCa } = TABLE
+  if (tlsCert !== '' && tlsKey === '') return needs(cert.name, key.name)
+  if (tlsCert === '' && tlsKey !== '') return needs(key.name, cert.name)
+  if (tlsCert === '' && tlsClientCa !== '') return needs(clientCa.name, cert.name)
+  return []
+}
+
 /** Values that are right each and wrong together. Says nothing of variables that are `wrong` by themselves. */
 function contradictions(config: Config, wrong: ReadonlySet<string>): Problem[] {
   const problems: Problem[] = []
   const { listen, admin, timeouts } = config
 
-  for (const [{ name }, reached] of [
-    [TABLE.listen, listen],
-    [TABLE.admin, admin],
+  const lacks = [
+    ...(config.tls === undefined ? [`TLS (${TABLE.tlsCert.name}, ${TABLE.tlsKey.name})`] : []),
+    ...(config.auth.kind === 'none' ? [`authentication (${TABLE.auth.name})`] : []),
+  ]
+  for (const [{ name }, reached, missing] of [
+    [TABLE.listen, listen, lacks],
+    [TABLE.admin, admin, ['TLS', 'authentication']],
   ] as const) {
-    if (wrong.has(name) || reached === undefined || isLoopback(reached.host) || config.insecure) continue
+    if (reached === undefined || isLoopback(reached.host) || config.insecure || missing.length === 0) continue
+    // What is missing may just be misspelt, which is said already.
+    if ([name, TABLE.auth.name].some((each) => wrong.has(each))) continue
     problems.push({
       variable: name,
-      rule: `must be a loopback address (127.0.0.1, [::1], localhost) unless ${TABLE.insecure.name}=true, for there is neither TLS nor authentication`,
+      rule: `must be a loopback address (127.0.0.1, [::1], localhost) unless ${TABLE.insecure.name}=true, for there is no ${missing.join(' and no ')}`,
       value: JSON.stringify(formatAddress(reached)),
     })
   }

@@ -10,6 +10,8 @@
  * - `unavailable`: a needed tier is down and nothing stale may be served.
  * - `timeout`: the caller's deadline, or the server's own maximum, has passed.
  * - `cancelled`: the caller went away.
+ * - `unauthenticated`: the call carries no valid credential.
+ * - `forbidden`: the credential's role does not allow the call.
  * - `unimplemented`: the operation is part of the contract but not built yet.
  * - `internal`: a bug.
  */
@@ -23,6 +25,8 @@ export type ErrorCode =
   | 'unavailable'
   | 'timeout'
   | 'cancelled'
+  | 'unauthenticated'
+  | 'forbidden'
   | 'unimplemented'
   | 'internal'
 

@@ -30,7 +30,10 @@ async function main(): Promise<void> {
       process.exit(EXIT_FAILED)
     }
   }
-  for (const signal of ['SIGTERM', 'SIGINT', 'SIGHUP'] as const) process.on(signal, onSignal)
+  let reload = config.auth.kind === 'none' && config.tls === undefined ? undefined : () => {}
+  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, onSignal)
+  // A terminal that is closed stops the service, unless there are files that a SIGHUP is wanted for.
+  process.on('SIGHUP', (signal) => (reload === undefined ? onSignal(signal) : reload()))
   process.on('unhandledRejection', (error) => log.error({ err: error }, 'a promise was rejected unheard'))
   process.on('uncaughtException', (error) => {
     log.fatal({ err: error }, 'uncaught exception')
@@ -49,6 +52,7 @@ async function main(): Promise<void> {
     progress: (line) => process.stderr.write(`${line}\n`),
     signal: stopping.signal,
   })
+  reload &&= app.reload
   log.info({ grpc: app.address, admin: app.admin, tiers: app.tiers }, 'started')
   process.stdout.write(banner(app))
   await stop.promise

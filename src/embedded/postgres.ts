@@ -23,6 +23,7 @@ import {
   rmSync,
   statSync,
   symlinkSync,
+  writeFileSync,
 } from 'node:fs'
 import { createRequire } from 'node:module'
 import { basename, dirname, join, resolve } from 'node:path'
@@ -47,6 +48,8 @@ import {
 export interface EmbeddedPostgres extends AsyncDisposable {
   /** For `pg`'s `connectionString`: database `itemcache`, as the superuser `postgres`, by the Unix socket. */
   readonly url: string
+  /** The same database, as its owner `itemcache`, whom row level security holds. */
+  readonly serviceUrl: string
   /** Such as `18.4`. */
   readonly version: string
   readonly pid: number
@@ -120,15 +123,19 @@ async function start({
       'set ITEMCACHE_DATA_DIR to another directory, or DATABASE_URL.'
     throw new ItemCacheError('unavailable', message, { reason: 'DATA_DIR_VERSION' })
   }
+  if (!existsSync(join(place.data, ROLE_MARKER))) await giveToRole(bin, place)
   const sockets = socketDir(dataDir, place.user ?? ourselves())
   started.defer(() => removeSockets(sockets, ['.s.PGSQL.5432', '.s.PGSQL.5432.lock']))
   const server = await run(bin, place, sockets)
   started.defer(() => endProcess(server.id, FAST_THEN_IMMEDIATE))
   const running = started.move()
   const stop = () => running.disposeAsync()
+  // A host in the query goes before the one in the authority, which is there for parsers that insist on one.
+  const urlOf = (user: string) =>
+    `postgresql://${user}@localhost:5432/itemcache?host=${encodeURIComponent(sockets)}`
   return {
-    // A host in the query goes before the one in the authority, which is there for parsers that insist on one.
-    url: `postgresql://postgres@localhost:5432/itemcache?host=${encodeURIComponent(sockets)}`,
+    url: urlOf('postgres'),
+    serviceUrl: urlOf('itemcache'),
     version: version.split('.', 2).join('.'),
     pid: server.id.pid,
     notes: place.notes,
@@ -249,16 +256,56 @@ async function initialise(bin: string, { root, data, user }: Place): Promise<voi
     '--auth-host=reject',
   ]
   await promisify(execFile)(join(bin, 'initdb'), ['-D', unfinished, ...how, '--no-instructions'], options)
-  // The server's single-user mode needs no connection. It reports a failed statement, but not by its exit code.
-  const single = promisify(execFile)(
-    join(bin, 'postgres'),
-    ['--single', '-D', unfinished, 'postgres'],
+  await runSingle(
+    bin,
+    unfinished,
+    'postgres',
+    'CREATE ROLE itemcache LOGIN\nCREATE DATABASE itemcache OWNER itemcache\n',
     options,
   )
-  single.child.stdin?.end('CREATE DATABASE itemcache\n')
+  writeFileSync(join(unfinished, ROLE_MARKER), '')
+  renameSync(unfinished, data)
+}
+
+/** In the data directory: its database belongs to the role `itemcache`. */
+const ROLE_MARKER = 'itemcache-role'
+
+/** Data of an earlier release belong to the superuser. */
+async function giveToRole(bin: string, { root, data, user }: Place): Promise<void> {
+  // One line: that is a statement's end in single-user mode.
+  const statement = `DO $$
+    DECLARE
+      alter_owner text;
+    BEGIN
+      IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'itemcache') THEN CREATE ROLE itemcache LOGIN; END IF;
+      ALTER DATABASE itemcache OWNER TO itemcache;
+      FOR alter_owner IN
+        SELECT format('ALTER TABLE %s OWNER TO itemcache', oid::regclass) FROM pg_class
+          WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+        UNION ALL
+        SELECT format('ALTER FUNCTION %s OWNER TO itemcache', oid::regprocedure) FROM pg_proc
+          WHERE pronamespace = 'public'::regnamespace
+      LOOP
+        EXECUTE alter_owner;
+      END LOOP;
+    END $$`.replaceAll(/\s+/g, ' ')
+  await runSingle(bin, data, 'itemcache', `${statement}\n`, { cwd: root, env: ENVIRONMENT, ...user })
+  writeFileSync(join(data, ROLE_MARKER), '')
+}
+
+/** Statements in the server's single-user mode, which needs no connection: one a line. */
+async function runSingle(
+  bin: string,
+  data: string,
+  database: string,
+  sql: string,
+  options: object,
+): Promise<void> {
+  const single = promisify(execFile)(join(bin, 'postgres'), ['--single', '-D', data, database], options)
+  single.child.stdin?.end(sql)
+  // A failed statement is reported, but not by the exit code.
   const { stderr } = await single
   if (/ERROR|FATAL/.test(stderr)) throw new Error(stderr)
-  renameSync(unfinished, data)
 }
 
 /** Starts the server and waits until it takes connections. */

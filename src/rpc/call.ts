@@ -4,7 +4,6 @@ import type { EventEmitter } from 'node:events'
 import type {
   handleServerStreamingCall,
   handleUnaryCall,
-  Metadata,
   ServerUnaryCall,
   ServerWritableStream,
   sendUnaryData,
@@ -14,6 +13,9 @@ import { ItemCacheError } from '../errors.ts'
 import type { CacheStatus } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
+import { type Authenticator, authorize, single, whenCredentialEnds } from './auth.ts'
+import type { Identity } from './identity.ts'
+import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
 
@@ -21,6 +23,9 @@ import { codeName, toItemCacheError, toStatus } from './status.ts'
 export interface CallFrame {
   readonly log: Logger
   readonly metrics: Metrics
+  readonly auth: Authenticator
+  /** `undefined`: tenants may call as often as they like. */
+  readonly rateLimit?: RateLimit | undefined
   /** Monotonic, milliseconds. */
   readonly now: () => number
   /** Longest time that a unary call may take, whatever its deadline says. */
@@ -46,10 +51,10 @@ export class CallContext {
   /** Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
   cache: CacheStatus | undefined
 
-  constructor(call: AnyCall, maxDeadlineMs: number) {
+  constructor(call: AnyCall, tenant: string, maxDeadlineMs: number) {
     this.#call = call
     this.#maxDeadlineMs = maxDeadlineMs
-    this.tenant = tenantOf(call.metadata)
+    this.tenant = tenant
   }
 
   /** Who writes, as the caller says; `''` when it does not. */
@@ -77,7 +82,10 @@ export class CallContext {
       const controller = new AbortController()
       this.#controller = controller
       const call: EventEmitter = this.#call
-      call.on('cancelled', () => controller.abort(whyGone(this.#call)))
+      const cancel = () => controller.abort(whyGone(this.#call))
+      call.on('cancelled', cancel)
+      // It may have happened while the credential was checked.
+      if (this.#call.cancelled) cancel()
       this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.remainingMs)
     }
     return this.#controller.signal
@@ -107,23 +115,15 @@ function whyGone(call: AnyCall): ItemCacheError {
   return leftMs(call) <= 1 ? deadlinePassed() : new ItemCacheError('cancelled', 'the caller cancelled')
 }
 
-/**
- * Without authentication the tenant is what the caller says it is: metadata `x-tenant-id`, else `default`. That is
- * allowed on loopback only (see `config.ts`).
- */
-function tenantOf(metadata: Metadata): string {
-  return single(metadata, 'x-tenant-id') ?? 'default'
-}
-
-/** The value of a metadata key that may come once: 1 to 128 printable ASCII characters. */
-function single(metadata: Metadata, key: string): string | undefined {
-  const [value, ...more] = metadata.get(key)
-  if (value === undefined) return undefined
-  if (more.length === 0 && typeof value === 'string' && /^[\x21-\x7e]{1,128}$/.test(value)) return value
-  throw new ItemCacheError('invalid', `metadata ${key} is not valid`, {
-    reason: 'INVALID_METADATA',
-    violations: [{ field: key, description: 'must come once, as 1 to 128 printable ASCII characters' }],
-  })
+/** Decides who calls and whether they may, before anything of the request is looked at. At once, or later for a JWT. */
+export function admitted(frame: CallFrame, method: string, call: AnyCall): Identity | Promise<Identity> {
+  const admit = (identity: Identity): Identity => {
+    authorize(method, identity)
+    frame.rateLimit?.take(identity.tenant)
+    return identity
+  }
+  const identity = frame.auth.identify(call.metadata)
+  return identity instanceof Promise ? identity.then(admit) : admit(identity)
 }
 
 /** A handler of a unary call: answers at once or later, or throws. */
@@ -142,16 +142,21 @@ export function unary<Request>(
   return (call, callback) => {
     const account = new Account(frame, rpc, method)
     let context: CallContext | undefined
-    try {
-      const request = wellFormed(call.request)
-      context = new CallContext(call, frame.maxDeadlineMs)
-      const reply = handler(request, context)
+    const answer = ({ tenant }: Identity) => {
+      context = new CallContext(call, tenant, frame.maxDeadlineMs)
+      const reply = handler(wellFormed(call.request), context)
       if (reply instanceof Promise) {
         reply.then(
           (late) => account.reply(context, callback, late),
           (error: unknown) => account.refuse(context, callback, error),
         )
       } else account.reply(context, callback, reply)
+    }
+    try {
+      const identity = admitted(frame, method, call)
+      if (identity instanceof Promise) {
+        identity.then(answer).catch((error: unknown) => account.refuse(context, callback, error))
+      } else answer(identity)
     } catch (error) {
       account.refuse(context, callback, error)
     }
@@ -184,9 +189,12 @@ export function serverStream<Request>(
     call.on('error', leave)
     const run = async () => {
       let context: CallContext | undefined
+      let forgetCredential: (() => void) | undefined
       try {
+        const identity = await admitted(frame, method, call)
+        context = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY)
         const request = wellFormed(call.request)
-        context = new CallContext(call, Number.POSITIVE_INFINITY)
+        forgetCredential = whenCredentialEnds(identity, (why) => gone.abort(why))
         const signals = { gone: gone.signal, draining: frame.draining }
         const signal = AbortSignal.any([gone.signal, frame.draining])
         for await (const reply of handler(request, context, signals)) {
@@ -197,6 +205,8 @@ export function serverStream<Request>(
         call.end()
       } catch (error) {
         call.emit('error', account.fail(context, error))
+      } finally {
+        forgetCredential?.()
       }
     }
     void run()

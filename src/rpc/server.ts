@@ -1,4 +1,5 @@
 /** The gRPC server: the service, health and reflection on one address. */
+import type { Http2Server, IncomingHttpHeaders } from 'node:http2'
 import { promisify } from 'node:util'
 import { type DescFile, toBinary } from '@bufbuild/protobuf'
 import { FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
@@ -14,6 +15,7 @@ import type { Metrics } from '../observe/metrics.ts'
 import type { CallFrame } from './call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
 import { grpcDefinition } from './service-definition.ts'
+import type { TlsCredentials } from './tls.ts'
 
 /** The full names of the RPCs, for the metrics. */
 export const RPC_METHODS: readonly string[] = ItemCacheService.methods.map((method) =>
@@ -25,6 +27,8 @@ export interface GrpcServerOptions {
   readonly listen: HostPort
   readonly grpc: Config['grpc']
   readonly reflection: boolean
+  /** `undefined`: no TLS. */
+  readonly tls: TlsCredentials | undefined
   readonly frame: Omit<CallFrame, 'draining'>
 }
 
@@ -56,6 +60,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     'grpc.keepalive_time_ms': grpc.keepaliveTimeMs,
     'grpc.keepalive_timeout_ms': grpc.keepaliveTimeoutMs,
   })
+  showRepeatedCredentials(server)
   server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
   health.addToServer(server)
@@ -65,7 +70,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   let port: number
   try {
     const bind = promisify(server.bindAsync).bind(server)
-    port = await bind(`${host}:${listen.port}`, ServerCredentials.createInsecure())
+    port = await bind(`${host}:${listen.port}`, options.tls ?? ServerCredentials.createInsecure())
   } catch (error) {
     throw new ItemCacheError('unavailable', `cannot listen on ${host}:${listen.port}: is it taken?`, {
       reason: 'ADDRESS_UNAVAILABLE',
@@ -102,6 +107,24 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       clearTimeout(timer)
       clearInterval(idle)
     },
+  }
+}
+
+/**
+ * Node drops every `authorization` of a request but the first, so that nobody could tell that there were several. This
+ * joins them, which is no valid credential. grpc-js keeps its HTTP/2 servers to itself, hence the detour.
+ */
+function showRepeatedCredentials(server: Server): void {
+  const grpc = server as unknown as { createHttp2Server: (...args: unknown[]) => Http2Server }
+  const create = grpc.createHttp2Server.bind(server)
+  grpc.createHttp2Server = (...args) => {
+    const http2 = create(...args)
+    const join = (_stream: unknown, headers: IncomingHttpHeaders, _flags: number, raw: readonly string[]) => {
+      if (raw.indexOf('authorization') === raw.lastIndexOf('authorization')) return
+      // Names and values in turn.
+      headers.authorization = raw.filter((_, i) => i % 2 === 1 && raw[i - 1] === 'authorization').join(', ')
+    }
+    return http2.prependListener('stream', join)
   }
 }
 

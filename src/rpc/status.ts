@@ -30,6 +30,8 @@ const CODES: Readonly<Record<ErrorCode, status>> = {
   unavailable: status.UNAVAILABLE,
   timeout: status.DEADLINE_EXCEEDED,
   cancelled: status.CANCELLED,
+  unauthenticated: status.UNAUTHENTICATED,
+  forbidden: status.PERMISSION_DENIED,
   unimplemented: status.UNIMPLEMENTED,
   internal: status.INTERNAL,
 }

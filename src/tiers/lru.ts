@@ -14,6 +14,10 @@
  * are removed all at once, in a pause. Its hash takes a secret seed and a secret multiplier, so that nobody who
  * chooses keys can choose collisions.
  *
+ * Entries may have owners, none of which may hold more than a share of either bound: one that is at its share evicts its
+ * own least recent entries, and nobody else's. For that every owner has a recency list of its own, in arrays that only
+ * exist when there is such a share.
+ *
  * Nothing here awaits, and a hit allocates nothing.
  */
 
@@ -22,6 +26,8 @@ export interface LruOptions {
   readonly maxEntries: number
   /** The most that the costs of all entries may sum up to; at least 1. Default: no bound. */
   readonly maxBytes?: number
+  /** The most that the entries of one owner may take of either bound, above 0 and up to 1. Default 1: no owners. */
+  readonly ownerShare?: number
   /** Milliseconds of a monotonic clock. */
   readonly now: () => number
   /** 0 up to 1; makes the hash secret. Default `Math.random`. */
@@ -54,6 +60,15 @@ export interface LruEntry<V> {
   readonly hardUntilMs: number
 }
 
+/** What one owner holds: a recency list through `#owned`, whose ends are `NONE`. */
+interface Owner {
+  readonly name: string
+  first: number
+  last: number
+  entries: number
+  bytes: number
+}
+
 // The record of a slot, in 4-byte words from `slot * WORDS`, and in 8-byte floats from `slot * FLOATS`.
 const WORDS = 8
 const PREVIOUS = 4
@@ -66,6 +81,11 @@ const HARD_UNTIL = 1
 
 /** The sentinel of the list; in a bucket or a chain it means "none". */
 const NONE = 0
+// The links of a slot in its owner's list, in words from `slot * OWNED_WORDS`.
+const OWNED_WORDS = 2
+const OWNED_PREVIOUS = 0
+const OWNED_NEXT = 1
+
 const FIRST_CAPACITY = 16
 const MAX_ENTRIES = 100_000_000
 /** What a cell of the typed array of costs can hold. */
@@ -82,6 +102,9 @@ export class Lru<V> {
   readonly #now: () => number
   readonly #seed: number
   readonly #multiplier: number
+  readonly #maxOwnerEntries: number
+  readonly #maxOwnerBytes: number
+  readonly #hasOwners: boolean
 
   #capacity = 0
   #words = new Uint32Array()
@@ -91,6 +114,10 @@ export class Lru<V> {
   #buckets = new Uint32Array()
   #keys: string[] = []
   #values: (V | undefined)[] = []
+  /** Those that hold something, and by slot. */
+  readonly #owners = new Map<string, Owner>()
+  #ownerOf: (Owner | undefined)[] = []
+  #owned = new Uint32Array()
   /** The first of the slots that were given back, linked through `next`. */
   #free = NONE
 
@@ -106,11 +133,23 @@ export class Lru<V> {
 
   /** Throws a `RangeError` for bounds that are not positive. */
   constructor(options: LruOptions) {
-    const { maxEntries, maxBytes = Number.POSITIVE_INFINITY, now, random = Math.random } = options
+    const {
+      maxEntries,
+      maxBytes = Number.POSITIVE_INFINITY,
+      ownerShare = 1,
+      now,
+      random = Math.random,
+    } = options
     if (!Number.isInteger(maxEntries) || maxEntries < 1 || maxEntries > MAX_ENTRIES) {
       throw new RangeError(`maxEntries should be a whole number from 1 to ${MAX_ENTRIES}, got ${maxEntries}`)
     }
     if (!(maxBytes >= 1)) throw new RangeError(`maxBytes should be at least 1, got ${maxBytes}`)
+    if (!(ownerShare > 0 && ownerShare <= 1)) {
+      throw new RangeError(`ownerShare should be above 0 and at most 1, got ${ownerShare}`)
+    }
+    this.#hasOwners = ownerShare < 1
+    this.#maxOwnerEntries = Math.max(1, Math.floor(maxEntries * ownerShare))
+    this.#maxOwnerBytes = Math.max(1, Math.floor(maxBytes * ownerShare))
     this.maxEntries = maxEntries
     this.maxBytes = maxBytes
     this.#now = now
@@ -175,8 +214,9 @@ export class Lru<V> {
 
   /**
    * Stores a value (not `undefined`) as the most recent one, in place of an older one, and evicts from the least recent
-   * end until both bounds hold. A value that costs more than `maxBytes` is not stored, the older one goes, and
-   * the answer is false. The times are of the injected clock; without them an entry does not age.
+   * end until both bounds hold: first what is the owner's, until it is within its share. (A key has one owner for
+   * as long as it is there.) A value that costs more than there may be is not stored, the older one goes, and the
+   * answer is false. The times are of the injected clock; without them an entry does not age.
    * Throws a `RangeError` for a cost that is not a whole number of bytes.
    */
   set(
@@ -185,10 +225,11 @@ export class Lru<V> {
     cost: number,
     softUntilMs = Number.POSITIVE_INFINITY,
     hardUntilMs = Number.POSITIVE_INFINITY,
+    ownerName = '',
   ): boolean {
     const hash = this.#hash(key)
     let slot = this.#find(key, hash)
-    if (cost > this.maxBytes || cost > MAX_COST) {
+    if (cost > this.#maxOwnerBytes || cost > MAX_COST) {
       if (slot !== NONE) {
         this.#remove(slot)
         this.#evictedForBytes += 1
@@ -198,17 +239,28 @@ export class Lru<V> {
     if (cost !== cost >>> 0) throw new RangeError(`cost should be a whole number of bytes, got ${cost}`)
 
     if (slot === NONE) {
+      const owner = this.#hasOwners ? this.#owners.get(ownerName) : undefined
+      if (owner?.entries === this.#maxOwnerEntries) {
+        this.#remove(owner.last)
+        this.#evictedForEntries += 1
+      }
       if (this.#size === this.maxEntries && this.#evict()) this.#evictedForEntries += 1
       slot = this.#insert(key, hash)
+      if (this.#hasOwners) this.#adopt(slot, ownerName)
       this.#insertions += 1
     } else {
-      this.#bytes -= this.#costs[slot] as number
+      this.#addCost(slot, -(this.#costs[slot] as number))
       this.#touch(slot)
     }
-    // The entry itself is the most recent one and fits alone, so the eviction never reaches it.
+    // The entry itself is the most recent one and fits alone, so the evictions never reach it.
     this.#costs[slot] = 0
+    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    while (owner !== undefined && owner.bytes + cost > this.#maxOwnerBytes) {
+      this.#remove(owner.last)
+      this.#evictedForBytes += 1
+    }
     while (this.#bytes + cost > this.maxBytes && this.#evict()) this.#evictedForBytes += 1
-    this.#bytes += cost
+    this.#addCost(slot, cost)
     this.#costs[slot] = cost
     this.#values[slot] = value
     this.#floats[slot * FLOATS + SOFT_UNTIL] = softUntilMs
@@ -299,6 +351,54 @@ export class Lru<V> {
     if (this.#words[NEXT] === slot) return
     this.#unlink(slot)
     this.#linkFirst(slot)
+    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    if (owner === undefined || owner.first === slot) return
+    this.#unlinkOwned(slot, owner)
+    this.#linkOwnedFirst(slot, owner)
+  }
+
+  #addCost(slot: number, cost: number): void {
+    this.#bytes += cost
+    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    if (owner !== undefined) owner.bytes += cost
+  }
+
+  #adopt(slot: number, name: string): void {
+    let owner = this.#owners.get(name)
+    if (owner === undefined) {
+      owner = { name, first: NONE, last: NONE, entries: 0, bytes: 0 }
+      this.#owners.set(name, owner)
+    }
+    owner.entries += 1
+    this.#ownerOf[slot] = owner
+    this.#linkOwnedFirst(slot, owner)
+  }
+
+  #disown(slot: number, owner: Owner): void {
+    this.#unlinkOwned(slot, owner)
+    this.#ownerOf[slot] = undefined
+    owner.entries -= 1
+    owner.bytes -= this.#costs[slot] as number
+    if (owner.entries === 0) this.#owners.delete(owner.name)
+  }
+
+  #unlinkOwned(slot: number, owner: Owner): void {
+    const owned = this.#owned
+    const previous = owned[slot * OWNED_WORDS + OWNED_PREVIOUS] as number
+    const next = owned[slot * OWNED_WORDS + OWNED_NEXT] as number
+    if (previous === NONE) owner.first = next
+    else owned[previous * OWNED_WORDS + OWNED_NEXT] = next
+    if (next === NONE) owner.last = previous
+    else owned[next * OWNED_WORDS + OWNED_PREVIOUS] = previous
+  }
+
+  #linkOwnedFirst(slot: number, owner: Owner): void {
+    const owned = this.#owned
+    owned[slot * OWNED_WORDS + OWNED_PREVIOUS] = NONE
+    owned[slot * OWNED_WORDS + OWNED_NEXT] = owner.first
+    if (owner.first === NONE) owner.last = slot
+    else owned[owner.first * OWNED_WORDS + OWNED_PREVIOUS] = slot
+    owner.first = slot
   }
 
   #unlink(slot: number): void {
@@ -347,6 +447,8 @@ export class Lru<V> {
   #remove(slot: number): void {
     this.#unchain(slot)
     this.#unlink(slot)
+    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    if (owner !== undefined) this.#disown(slot, owner)
     this.#bytes -= this.#costs[slot] as number
     this.#size -= 1
     this.#keys[slot] = ''
@@ -376,10 +478,11 @@ export class Lru<V> {
 
   /** Doubles the slots. Every slot is in use, so all are chained anew. */
   #grow(): void {
-    const { words, costs } = { words: this.#words, costs: this.#costs }
+    const { words, costs, owned } = { words: this.#words, costs: this.#costs, owned: this.#owned }
     this.#allocate(Math.min(this.#capacity * 2, this.maxEntries))
     this.#words.set(words)
     this.#costs.set(costs)
+    this.#owned.set(owned)
     for (let slot = 1; slot <= this.#size; slot += 1) this.#chain(slot, words[slot * WORDS + HASH] as number)
   }
 
@@ -387,6 +490,8 @@ export class Lru<V> {
     this.#allocate(Math.min(FIRST_CAPACITY, this.maxEntries))
     this.#keys = ['']
     this.#values = [undefined]
+    this.#ownerOf = [undefined]
+    this.#owners.clear()
     this.#free = NONE
     this.#size = 0
     this.#bytes = 0
@@ -397,6 +502,7 @@ export class Lru<V> {
     this.#words = new Uint32Array((capacity + 1) * WORDS)
     this.#floats = new Float64Array(this.#words.buffer)
     this.#costs = new Uint32Array(capacity + 1)
+    if (this.#hasOwners) this.#owned = new Uint32Array((capacity + 1) * OWNED_WORDS)
     this.#buckets = new Uint32Array(2 ** Math.ceil(Math.log2(capacity)))
   }
 }

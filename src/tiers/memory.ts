@@ -10,6 +10,8 @@ export interface MemoryTierOptions {
   readonly maxEntries: number
   /** The most that all copies may take together, keys and bookkeeping included. */
   readonly maxBytes: number
+  /** The most that the copies of one tenant may take of either bound, above 0 and up to 1. Default 1. */
+  readonly tenantShare?: number
   /** Hard TTL: a copy is dropped this long after its SELECT was sent, in milliseconds. */
   readonly maxStaleMs: number
   /** Milliseconds of a monotonic clock. */
@@ -50,7 +52,7 @@ export class MemoryTier implements CacheTier {
 
   /** Throws a `RangeError` for bounds that are not positive. */
   constructor(options: MemoryTierOptions) {
-    this.#copies = new Lru<Copy>(options)
+    this.#copies = new Lru<Copy>({ ...options, ownerShare: options.tenantShare ?? 1 })
     this.#maxStaleMs = options.maxStaleMs
     this.#now = options.now
   }
@@ -72,7 +74,14 @@ export class MemoryTier implements CacheTier {
     if (stored !== undefined && isNewer(stored, copy)) return false
     // A copy that is still fresh is kept, however short stale answers are allowed to be.
     const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + this.#maxStaleMs)
-    return this.#copies.set(key, withOwnBytes(copy), costOf(key, copy), copy.freshUntilMs, hardUntilMs)
+    return this.#copies.set(
+      key,
+      withOwnBytes(copy),
+      costOf(key, copy),
+      copy.freshUntilMs,
+      hardUntilMs,
+      tenant,
+    )
   }
 
   /**

@@ -9,6 +9,9 @@
  * driver, each longer than the one before, so that the most precise error is the one that is seen. Reads, writes and
  * the log have connections of their own: writers that queue for one tenant's lock do not keep anybody from reading, and
  * readers that queue do not keep the tail from hearing of the log, without which they would be even more.
+ *
+ * Every session is confined to one tenant, by the policies of `migrations/0003_row_security.sql`: the setting is sent
+ * ahead of the first statement, in the same packet, and what reads tell of the items says under which it was read.
  */
 import { Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -162,7 +165,12 @@ interface FromTimeline {
   readonly timeline: number
 }
 
-type DatedRow = FromTimeline & { readonly as_of: number } & (ItemRow | { readonly id: null })
+/** An answer with the setting of the session that read it: rows of other tenants were not there for it. */
+interface FromTenant {
+  readonly scope: string
+}
+
+type DatedRow = FromTimeline & FromTenant & { readonly as_of: number } & (ItemRow | { readonly id: null })
 
 /** A row of the log; all of it is null where there is none. */
 interface LogLine extends FromTimeline {
@@ -232,12 +240,14 @@ const DRAFT = `(
  * A tenant `t` by its name in $1, dated. Without a row it is at the start of the timeline: its first revision is the
  * next one, so that its first row is no hole in the log, and a row that a failover lost is behind it.
  */
-const DATED = `(SELECT itemcache_timeline_start() AS timeline) AS s LEFT JOIN tenants t ON t.name = $1`
+const DATED = `(
+    SELECT itemcache_timeline_start() AS timeline, current_setting('itemcache.tenant', true) AS scope
+  ) AS s LEFT JOIN tenants t ON t.name = $1`
 const HEAD = 'greatest(t.revision, s.timeline)'
 
 const READ: Prepared = {
   name: 'read',
-  text: `SELECT s.timeline, ${HEAD} AS as_of, ${COLUMNS} FROM ${DATED}
+  text: `SELECT s.timeline, s.scope, ${HEAD} AS as_of, ${COLUMNS} FROM ${DATED}
     LEFT JOIN items i ON i.tenant = t.name AND i.id = ANY ($2)`,
 }
 
@@ -271,7 +281,7 @@ const LIST_BY_BOTH: Prepared = {
 }
 
 function listing(page: string): string {
-  return `SELECT s.timeline, ${HEAD} AS as_of, ${COLUMNS} FROM ${DATED}
+  return `SELECT s.timeline, s.scope, ${HEAD} AS as_of, ${COLUMNS} FROM ${DATED}
     LEFT JOIN LATERAL (${page}) AS i ON true ORDER BY i.id`
 }
 
@@ -411,12 +421,19 @@ const COMPLETE_REQUEST: Prepared = {
 
 const SET_WRITER: Prepared = { name: 'writer', text: `SELECT set_config('itemcache.writer', $1, true)` }
 
+const SET_TENANT: Prepared = { name: 'tenant', text: `SELECT set_config('itemcache.tenant', $1, false)` }
+
+/** For what is about the rows of every tenant. */
+const EVERY_TENANT = ''
+
 type Statement = Prepared | string
 
 /** One checked-out connection. `broken` when its protocol state is not known: it is closed instead of reused. */
 interface Session {
   readonly client: pg.PoolClient
   readonly purpose: 'read' | 'write'
+  /** Whose rows there are for it. `undefined`: it touches none. */
+  readonly tenant: string | undefined
   readonly signal: AbortSignal | undefined
   broken: boolean
 }
@@ -432,6 +449,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   #retries = 0
   /** The start of the newest timeline that an answer came from. */
   #timeline = 0
+  /** The tenant that each connection is confined to. */
+  readonly #tenants = new WeakMap<pg.PoolClient, string>()
   readonly #connection: pg.ClientConfig
   #closing: Promise<unknown> | undefined
 
@@ -442,9 +461,14 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       const pool = new pg.Pool({
         ...clientConfig(options),
         max: size,
+        // So that the tenant is set without waiting for the answer.
+        pipeline: true,
+        // A session that forgot to say whose rows it wants gets nobody's: no tenant has a control character.
+        //
         // Plans are kept for as long as a connection lives. One that was made while the tables were small must not
         // read them from end to end when they are large.
-        onConnect: async (client) => void (await client.query('SET enable_seqscan = off')),
+        onConnect: async (client) =>
+          void (await client.query(`SET enable_seqscan = off; SET itemcache.tenant = E'\\x01'`)),
       })
       const report = (error: Error) => {
         // A connection that breaks while the tier is closed is nobody's concern.
@@ -481,6 +505,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
    */
   async systemId(): Promise<string> {
     const [row] = await this.#ask<{ id: string }>(
+      undefined,
       `SELECT system_identifier || '-' || (SELECT oid FROM pg_database WHERE datname = current_database()) AS id
         FROM pg_control_system()`,
     )
@@ -489,8 +514,17 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return row.id
   }
 
+  /** The role that the service has, if row level security does not hold it. */
+  async rolePastRowSecurity(): Promise<string | undefined> {
+    const [row] = await this.#ask<{ role: string }>(
+      undefined,
+      'SELECT rolname AS role FROM pg_roles WHERE rolname = current_user AND (rolsuper OR rolbypassrls)',
+    )
+    return row?.role
+  }
+
   async ping(signal?: AbortSignal): Promise<void> {
-    await this.#ask('SELECT', [], signal)
+    await this.#ask(undefined, 'SELECT', [], signal)
   }
 
   async read(
@@ -498,7 +532,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     ids: readonly string[],
     signal?: AbortSignal,
   ): Promise<ReadonlyMap<string, Snapshot>> {
-    return snapshotsOf(ids, await this.#ask<DatedRow>(READ, [tenant, ids], signal))
+    return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))
   }
 
   async list(
@@ -516,6 +550,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
           ? [LIST_BY_TAG, [tag]]
           : [LIST_BY_BOTH, [tag, category]]
     const rows = await this.#ask<DatedRow>(
+      tenant,
       statement,
       [tenant, query.afterId, query.limit, ...filters],
       signal,
@@ -533,7 +568,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   ): Promise<ReadonlyMap<string, Snapshot>> {
     for (const [id, draft] of loaded) checkSize(id, draft)
     const drafts = JSON.stringify(Array.from(loaded, ([id, draft]) => draftJson(id, draft)))
-    await this.#change(INSERT, [tenant, drafts, 'ORIGIN'], signal)
+    await this.#change(tenant, INSERT, [tenant, drafts, 'ORIGIN'], signal)
     return this.read(tenant, [...loaded.keys()], signal)
   }
 
@@ -547,10 +582,11 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     if (draft !== undefined) {
       checkSize(id, draft)
       const json = draftJson(id, draft)
-      if (fromRevision === 0) await this.#change(INSERT, [tenant, JSON.stringify([json]), 'ORIGIN'], signal)
-      else await this.#change(REFETCH, [tenant, id, JSON.stringify(json), fromRevision], signal)
+      if (fromRevision === 0)
+        await this.#change(tenant, INSERT, [tenant, JSON.stringify([json]), 'ORIGIN'], signal)
+      else await this.#change(tenant, REFETCH, [tenant, id, JSON.stringify(json), fromRevision], signal)
     } else if (fromRevision !== 0) {
-      await this.#change(REFETCH_GONE, [tenant, id, fromRevision], signal)
+      await this.#change(tenant, REFETCH_GONE, [tenant, id, fromRevision], signal)
     }
     const snapshots = await this.read(tenant, [id], signal)
     return snapshots.get(id) ?? unknown(id, 0)
@@ -590,7 +626,12 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
 
   async outcomeOf(write: WriteContext): Promise<Revision | undefined> {
     if (write.requestId === '') return undefined
-    const [former] = await this.#ask<OutcomeRow>(FIND_REQUEST, [write.tenant, write.requestId], write.signal)
+    const [former] = await this.#ask<OutcomeRow>(
+      write.tenant,
+      FIND_REQUEST,
+      [write.tenant, write.requestId],
+      write.signal,
+    )
     if (former !== undefined) checkFingerprint(former, write)
     return former?.revision
   }
@@ -639,7 +680,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async newest(tenant: string, limit: PageLimit): Promise<LogPage> {
-    const lines = await this.#follow<LogLine>(LOG_NEWEST, [tenant, limit.rows, limit.names])
+    const lines = await this.#follow<LogLine>(tenant, LOG_NEWEST, [tenant, limit.rows, limit.names])
     return pagesOf([tenant], lines, limit).get(tenant) ?? EMPTY_LOG
   }
 
@@ -654,12 +695,13 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   ): Promise<ReadonlyMap<string, LogPage>> {
     const names = [...positions.keys()]
     const values = [names, [...positions.values()], limit.rows, limit.names]
-    const lines = await this.#follow<LogLine>(LOG_AFTER, values, signal)
+    const lines = await this.#follow<LogLine>(EVERY_TENANT, LOG_AFTER, values, signal)
     return pagesOf(names, lines, limit)
   }
 
   async bounds(tenant: string, signal?: AbortSignal): Promise<{ revision: Revision; oldest: Revision }> {
     const [row] = await this.#follow<FromTimeline & { head: number; oldest: number | null }>(
+      tenant,
       LOG_BOUNDS,
       [tenant],
       signal,
@@ -719,8 +761,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     signal?: AbortSignal,
   ): Promise<number> {
     const { maxAgeMs, maxRows, step } = options
-    const rows = await this.#change(LOG_TRIM, [maxAgeMs / 1000, maxRows, step], signal)
-    return rows + (await this.#change(REQUESTS_TRIM, [maxAgeMs / 1000, step], signal))
+    const rows = await this.#change(EVERY_TENANT, LOG_TRIM, [maxAgeMs / 1000, maxRows, step], signal)
+    return rows + (await this.#change(EVERY_TENANT, REQUESTS_TRIM, [maxAgeMs / 1000, step], signal))
   }
 
   /** Closes the connections when their statements are done. What comes after fails as `unavailable`. */
@@ -814,7 +856,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
    */
   #transact<T>(write: WriteContext, work: (session: Session) => Promise<T>): Promise<T> {
     return this.#retrying(write.signal, () =>
-      this.#withSession(this.#writers, 'write', write.signal, async (session) => {
+      this.#withSession(this.#writers, 'write', write.tenant, write.signal, async (session) => {
         await this.#query(session, 'BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE')
         let result: T
         try {
@@ -860,29 +902,46 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   /** One read statement. */
-  #ask<Row>(statement: Statement, values: unknown[] = [], signal?: AbortSignal): Promise<Row[]> {
+  #ask<Row>(
+    tenant: string | undefined,
+    statement: Statement,
+    values: unknown[] = [],
+    signal?: AbortSignal,
+  ): Promise<Row[]> {
     return untilAborted(
       signal,
-      this.#withSession(this.#readers, 'read', signal, (session) =>
+      this.#withSession(this.#readers, 'read', tenant, signal, (session) =>
         this.#query<Row>(session, statement, values),
       ),
     )
   }
 
   /** One statement about the log, on connections that readers and writers cannot take. */
-  #follow<Row>(statement: Statement, values: unknown[], signal?: AbortSignal): Promise<Row[]> {
+  #follow<Row>(
+    tenant: string,
+    statement: Statement,
+    values: unknown[],
+    signal?: AbortSignal,
+  ): Promise<Row[]> {
     return untilAborted(
       signal,
-      this.#withSession(this.#followers, 'read', signal, (session) =>
+      this.#withSession(this.#followers, 'read', tenant, signal, (session) =>
         this.#query<Row>(session, statement, values),
       ),
     )
   }
 
   /** One statement that changes something and may be repeated, in a transaction of its own. */
-  #change(statement: Prepared, values: unknown[], signal: AbortSignal | undefined): Promise<number> {
+  #change(
+    tenant: string,
+    statement: Prepared,
+    values: unknown[],
+    signal: AbortSignal | undefined,
+  ): Promise<number> {
     return this.#retrying(signal, () =>
-      this.#withSession(this.#writers, 'write', signal, (session) => this.#count(session, statement, values)),
+      this.#withSession(this.#writers, 'write', tenant, signal, (session) =>
+        this.#count(session, statement, values),
+      ),
     )
   }
 
@@ -904,6 +963,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   async #withSession<T>(
     pool: pg.Pool,
     purpose: Session['purpose'],
+    tenant: string | undefined,
     signal: AbortSignal | undefined,
     work: (session: Session) => Promise<T>,
   ): Promise<T> {
@@ -911,7 +971,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     const client = await pool.connect().catch((error) => {
       throw translated(error)
     })
-    const session: Session = { client, purpose, signal, broken: false }
+    const session: Session = { client, purpose, tenant, signal, broken: false }
     try {
       return await work(session)
     } finally {
@@ -920,8 +980,16 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async #query<Row>(session: Session, statement: Statement, values?: unknown[]): Promise<Row[]> {
-    const rows = (await this.#send(session, statement, values)).rows as (Row & Partial<FromTimeline>)[]
-    const timeline = rows[0]?.timeline
+    const rows = (await this.#send(session, statement, values)).rows as (Row &
+      Partial<FromTimeline & FromTenant>)[]
+    const { timeline, scope } = rows[0] ?? {}
+    if (scope !== undefined && scope !== session.tenant) {
+      // A connection pooler that hands statements to sessions as it likes: what was not there proves nothing.
+      session.broken = true
+      throw new ItemCacheError('internal', 'PostgreSQL answered for another tenant', {
+        reason: 'TENANT_MIXED_UP',
+      })
+    }
     if (timeline !== undefined) this.#checkTimeline(session, timeline)
     return rows
   }
@@ -946,12 +1014,28 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   async #send(session: Session, statement: Statement, values: unknown[] = []): Promise<pg.QueryResult> {
     session.signal?.throwIfAborted()
     this.#statements[session.purpose]++
+    const { client, tenant } = session
     try {
-      return await session.client.query(
+      const confined =
+        tenant === undefined || this.#tenants.get(client) === tenant
+          ? undefined
+          : client.query({ ...SET_TENANT, values: [tenant] })
+      if (confined !== undefined && tenant !== undefined) this.#tenants.set(client, tenant)
+      const answer = client.query(
         typeof statement === 'string' ? { text: statement, values } : { ...statement, values },
       )
+      if (confined === undefined) return await answer
+      const [confining, answering] = await Promise.allSettled([confined, answer])
+      if (confining.status === 'rejected') {
+        this.#tenants.delete(client)
+        // The other may have begun a transaction.
+        session.broken = session.purpose === 'write'
+        throw confining.reason
+      }
+      if (answering.status === 'rejected') throw answering.reason
+      return answering.value
     } catch (error) {
-      session.broken = !isRefusal(error)
+      session.broken ||= !isRefusal(error)
       throw translated(error)
     }
   }

@@ -164,9 +164,11 @@ class Run implements AsyncDisposable {
     const { env, origin } = this.#plan
     {
       await using sql = await connectSql(postgres.url('postgres'))
-      await sql.query(`CREATE DATABASE ${this.#database} TEMPLATE template0`)
+      await sql.query(`CREATE DATABASE ${this.#database} TEMPLATE template0 OWNER itemcache`)
     }
-    await using sql = await connectSql(postgres.url(this.#database))
+    // As the services, so that row level security holds them.
+    const asOwner = postgres.url(this.#database).replace('//postgres@', '//itemcache@')
+    await using sql = await connectSql(asOwner)
     const { migrate } = await import(pathToFileURL(join(this.#root, 'src/tiers/migrate.ts')).href)
     await migrate(sql)
     await sql.query(AUDIT)
@@ -193,7 +195,7 @@ class Run implements AsyncDisposable {
       this.#postgresWays.push(toPostgres)
       this.#redisWays.push(toRedis)
       const settings = {
-        DATABASE_URL: `postgres://postgres@127.0.0.1:${toPostgres.port}/${this.#database}`,
+        DATABASE_URL: `postgres://itemcache@127.0.0.1:${toPostgres.port}/${this.#database}`,
         REDIS_URL: `redis://127.0.0.1:${toRedis.port}`,
         ORIGIN_URL: origin ? catalogue.url : 'off',
         ITEMCACHE_LISTEN: '127.0.0.1:0',

@@ -95,6 +95,32 @@ async function otherService(options: { detached?: boolean } = {}) {
 }
 
 describe('the private PostgreSQL', () => {
+  test('lets the service in as the owner of its database, whom row level security holds', async () => {
+    await using server = await postgres()
+    const who = 'SELECT rolname, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = current_user'
+    expect(await sql(server.serviceUrl, who)).toEqual([
+      { rolname: 'itemcache', rolsuper: false, rolbypassrls: false },
+    ])
+    await sql(server.serviceUrl, 'CREATE TABLE own (); DROP TABLE own')
+  })
+
+  test('hands what an earlier release has left to that role', async () => {
+    {
+      await using earlier = await postgres()
+      await sql(earlier.url, 'CREATE TABLE old AS SELECT 1 AS n; ALTER DATABASE itemcache OWNER TO postgres')
+      await sql(earlier.url, 'CREATE FUNCTION old_function() RETURNS integer LANGUAGE sql AS $$ SELECT 1 $$')
+      const [{ data }] = (await sql(earlier.url, 'SHOW data_directory')).map((row) => ({
+        data: row.data_directory,
+      })) as [{ data: string }]
+      rmSync(join(data, 'itemcache-role'))
+    }
+    await using server = await postgres()
+    await sql(
+      server.serviceUrl,
+      'DROP FUNCTION old_function(); DROP TABLE old; CREATE TABLE new (); DROP TABLE new',
+    )
+  })
+
   test('is a real server in UTF-8 that keeps what is written over a restart', async () => {
     {
       await using first = await postgres()

@@ -19,13 +19,15 @@ export interface Store extends AsyncDisposable {
   readonly sql: Sql
   /** Another connection. It is closed with the store. */
   session(): Promise<Sql>
+  /** The same, as a superuser. */
+  superuser(): Promise<Sql>
   /** Another tier on the same database. It is closed with the store. */
   open(options?: Partial<PostgresOptions>): Promise<PostgresTier>
 }
 
 export async function openStore(options: Partial<PostgresOptions> = {}): Promise<Store> {
   const started = new AsyncDisposableStack()
-  const { url } = started.use(await freshDatabase())
+  const { url, superuserUrl } = started.use(await freshDatabase())
   const open = async (more: Partial<PostgresOptions> = {}) =>
     started.use(await connectPostgres({ url, ...options, ...more }))
   const session = async () => started.use(await connectSql(url))
@@ -34,6 +36,7 @@ export async function openStore(options: Partial<PostgresOptions> = {}): Promise
     tier: await open(),
     sql: await session(),
     session,
+    superuser: async () => started.use(await connectSql(superuserUrl)),
     open,
     [Symbol.asyncDispose]: () => started.disposeAsync(),
   }

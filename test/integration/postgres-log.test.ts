@@ -92,7 +92,7 @@ describe('a change typed in psql', () => {
 
   test('is logged with session_replication_role = replica', async () => {
     const tenant = newTenant()
-    const other = await store.session()
+    const other = await store.superuser()
     await other('SET session_replication_role = replica')
     await other(`INSERT INTO items (tenant, id) VALUES ($1, 'x')`, [tenant])
     await other('DELETE FROM items WHERE tenant = $1', [tenant])

@@ -68,11 +68,11 @@ test('a migration that fails leaves the database as it was', async () => {
 
 test('a database with another encoding is refused', async () => {
   await using database = await freshDatabase()
-  await using client = await connectedTo(database.url)
+  await using client = await connectedTo(database.superuserUrl)
   const name = `${new URL(database.url).pathname.slice(1)}_latin`
   await client.query(`CREATE DATABASE ${name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'`)
   try {
-    const url = new URL(database.url)
+    const url = new URL(database.superuserUrl)
     url.pathname = name
     await expect(connectPostgres({ url: url.href })).rejects.toMatchObject({
       reason: 'POSTGRES_UNSUITABLE',

@@ -719,7 +719,7 @@ describe('deadlocks and serialisation failures', () => {
   test('a deadlock with a psql session costs the caller nothing but time', async () => {
     const tenant = newTenant()
     await tier.create(by(tenant), 'a', draft())
-    const other = await store.session()
+    const other = await store.superuser()
     await other(`SET deadlock_timeout = '10s'`)
     await other('BEGIN')
     await other(`INSERT INTO items (tenant, id) VALUES ($1, 'b')`, [tenant])

@@ -16,21 +16,34 @@ import { makeRunDirectory } from './run-directory.ts'
 
 /** A new database on the shared PostgreSQL, dropped when disposed, whoever is still connected. */
 export interface FreshDatabase extends AsyncDisposable {
+  /** As its owner, who is no superuser: row level security holds. */
   readonly url: string
+  readonly superuserUrl: string
   readonly name: string
 }
 
 export async function freshDatabase(): Promise<FreshDatabase> {
   const name = `itemcache_test_${randomBytes(8).toString('hex')}`
-  await administer(`CREATE DATABASE ${name} TEMPLATE template0`)
+  // Test files that run at the same time make the same role.
+  await administer(`DO $$ BEGIN
+    CREATE ROLE ${OWNER} LOGIN PASSWORD '${OWNER}' NOSUPERUSER NOBYPASSRLS;
+  EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+  END $$`)
+  await administer(`CREATE DATABASE ${name} TEMPLATE template0 OWNER ${OWNER}`)
   const url = new URL(inject('databaseUrl'))
   url.pathname = `/${name}`
+  const superuserUrl = url.href
+  url.username = OWNER
+  url.password = OWNER
   return {
     url: url.href,
+    superuserUrl,
     name,
     [Symbol.asyncDispose]: () => administer(`DROP DATABASE IF EXISTS ${name} WITH (FORCE)`),
   }
 }
+
+const OWNER = 'itemcache_test'
 
 async function administer(statement: string): Promise<void> {
   const client = new Client({ connectionString: inject('databaseUrl') })

@@ -8,7 +8,7 @@ import {
   toBinary,
 } from '@bufbuild/protobuf'
 import { anyUnpack } from '@bufbuild/protobuf/wkt'
-import { Client, credentials, Metadata, type ServiceError } from '@grpc/grpc-js'
+import { type ChannelCredentials, Client, credentials, Metadata, type ServiceError } from '@grpc/grpc-js'
 import { type App, type AppOptions, startApp } from '../../src/app.ts'
 import { parseConfig } from '../../src/config.ts'
 import { type Catalogue, startCatalogue } from '../../src/embedded/catalogue.ts'
@@ -57,8 +57,8 @@ export interface Failure {
 export class TestClient implements Disposable {
   readonly raw: Client
 
-  constructor(address: string) {
-    this.raw = new Client(address, credentials.createInsecure())
+  constructor(address: string, channel: ChannelCredentials = credentials.createInsecure()) {
+    this.raw = new Client(address, channel)
   }
 
   /** The answer of a unary call; rejects with grpc-js's own error. */

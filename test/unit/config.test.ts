@@ -32,7 +32,9 @@ describe('without any variable', () => {
       version: JSON.parse(readFileSync('package.json', 'utf8')).version,
       listen: { host: '127.0.0.1', port: 50051 },
       admin: { host: '127.0.0.1', port: 9464 },
-      auth: 'none',
+      auth: { kind: 'none' },
+      tls: undefined,
+      rateLimit: undefined,
       insecure: false,
       reflection: true,
       logLevel: 'info',
@@ -41,7 +43,7 @@ describe('without any variable', () => {
       redis: { kind: 'embedded' },
       redisEpoch: 0,
       origin: { kind: 'embedded' },
-      memory: { maxEntries: 100_000, maxBytes: 256 * 1024 * 1024 },
+      memory: { maxEntries: 100_000, maxBytes: 256 * 1024 * 1024, tenantShare: 1 },
       ttl: { freshForMs: 60_000, maxStaleMs: 3_600_000, negativeMs: 10_000, redisMs: 300_000, jitter: 0.1 },
       timeouts: {
         redisMs: 150,
@@ -123,6 +125,36 @@ describe('a value', () => {
     ['ITEMCACHE_FRESH_FOR', '48h', (c) => c.ttl.freshForMs, 172_800_000],
     ['ITEMCACHE_MAX_STALE', '0s', (c) => c.ttl.maxStaleMs, 0],
     ['ITEMCACHE_TTL_JITTER', '0.25', (c) => c.ttl.jitter, 0.25],
+    ['ITEMCACHE_AUTH', 'tokens:/etc/tokens', (c) => c.auth, { kind: 'tokens', file: '/etc/tokens' }],
+    [
+      'ITEMCACHE_AUTH',
+      'jwt:https://issuer.org/?audience=shop&jwks=https://issuer.org/keys',
+      (c) => c.auth,
+      {
+        kind: 'jwt',
+        issuer: 'https://issuer.org/',
+        audience: 'shop',
+        jwks: { kind: 'url', url: 'https://issuer.org/keys' },
+        tenantClaim: 'tenant',
+        roleClaim: 'role',
+      },
+    ],
+    [
+      'ITEMCACHE_AUTH',
+      'jwt:me?audience=a%20b&jwks=/etc/keys.json&tenant-claim=org&role-claim=https://x.org/role',
+      (c) => c.auth,
+      {
+        kind: 'jwt',
+        issuer: 'me',
+        audience: 'a b',
+        jwks: { kind: 'file', file: '/etc/keys.json' },
+        tenantClaim: 'org',
+        roleClaim: 'https://x.org/role',
+      },
+    ],
+    ['ITEMCACHE_RATE_LIMIT', '100', (c) => c.rateLimit, { perSecond: 100, burst: 100 }],
+    ['ITEMCACHE_RATE_LIMIT', '100:500', (c) => c.rateLimit, { perSecond: 100, burst: 500 }],
+    ['ITEMCACHE_TENANT_MEMORY_SHARE', '25', (c) => c.memory.tenantShare, 0.25],
   ])('%s=%s is understood', (name, text, read, expected) => {
     expect(read(parseConfig({ [name]: text }))).toEqual(expected)
   })
@@ -146,7 +178,11 @@ describe('a value', () => {
     ['ITEMCACHE_LISTEN', '[localhost]:50051'],
     ['ITEMCACHE_LISTEN', 'off'],
     ['ITEMCACHE_ADMIN_LISTEN', 'of'],
-    ['ITEMCACHE_AUTH', 'jwt:https://issuer'],
+    ['ITEMCACHE_RATE_LIMIT', '0'],
+    ['ITEMCACHE_RATE_LIMIT', '10:0'],
+    ['ITEMCACHE_RATE_LIMIT', '10/s'],
+    ['ITEMCACHE_TENANT_MEMORY_SHARE', '0'],
+    ['ITEMCACHE_TENANT_MEMORY_SHARE', '101'],
     ['ITEMCACHE_REFLECTION', 'maybe'],
     ['ITEMCACHE_LOG_LEVEL', 'loud'],
     ['ITEMCACHE_REDIS_EPOCH', '-1'],
@@ -167,6 +203,23 @@ describe('a value', () => {
         rule: expect.stringMatching(/^(must|a cluster) /),
         value: expect.stringContaining(text),
       },
+    ])
+  })
+
+  test.each([
+    'basic',
+    'tokens:',
+    'jwt:https://issuer',
+    'jwt:https://issuer?audience=a',
+    'jwt:https://issuer?jwks=/keys',
+    'jwt:https://issuer?audience=a&audience=b&jwks=/keys',
+    'jwt:https://issuer?audience=&jwks=/keys',
+    'jwt:https://issuer?audience=a&jwks=/keys&tenants=x',
+    'jwt:https://issuer?audience=a&jwks=http://issuer/keys',
+    'jwt:https://issuer?audience=a&jwks=ftp://issuer/keys',
+  ])('ITEMCACHE_AUTH=%s is a mistake', (text) => {
+    expect(problemsOf({ ITEMCACHE_AUTH: text })).toEqual([
+      expect.objectContaining({ variable: 'ITEMCACHE_AUTH', rule: expect.stringMatching(/^must /) }),
     ])
   })
 
@@ -263,6 +316,29 @@ describe('mistakes', () => {
       }
     },
   )
+
+  test('include an address of others without either TLS or authentication', () => {
+    const open = { ITEMCACHE_LISTEN: '0.0.0.0:50051' }
+    const tls = { ITEMCACHE_TLS_CERT: 'cert.pem', ITEMCACHE_TLS_KEY: 'key.pem' }
+    const auth = { ITEMCACHE_AUTH: 'tokens:file' }
+    const rules = (env: Record<string, string>) => problemsOf(env).map(({ rule }) => rule)
+    expect(rules({ ...open, ...tls })).toEqual([
+      expect.stringContaining('no authentication (ITEMCACHE_AUTH)'),
+    ])
+    expect(rules({ ...open, ...auth })).toEqual([expect.stringContaining('no TLS (ITEMCACHE_TLS_CERT')])
+    expect(rules({ ...open, ...tls, ...auth })).toEqual([])
+    expect(rules({ ...tls, ...auth, ITEMCACHE_ADMIN_LISTEN: '0.0.0.0:1' })).toHaveLength(1)
+  })
+
+  test.each([
+    [{ ITEMCACHE_TLS_CERT: 'c' }, 'ITEMCACHE_TLS_KEY'],
+    [{ ITEMCACHE_TLS_KEY: 'k' }, 'ITEMCACHE_TLS_CERT'],
+    [{ ITEMCACHE_TLS_CLIENT_CA: 'a' }, 'ITEMCACHE_TLS_CERT'],
+  ])('include TLS by halves: %o', (env, other) => {
+    expect(problemsOf(env)).toEqual([
+      { variable: Object.keys(env)[0], rule: `must be set together with ${other}` },
+    ])
+  })
 
   test('include one address for both servers, but not port 0 for both', () => {
     const both = (address: string) => ({ ITEMCACHE_LISTEN: address, ITEMCACHE_ADMIN_LISTEN: address })

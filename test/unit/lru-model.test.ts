@@ -12,6 +12,9 @@ interface Held {
   readonly hardUntilMs: number
 }
 
+/** Keys are spread over three owners. */
+const ownerOf = (key: string) => `owner-${(key.codePointAt(key.length - 1) ?? 0) % 3}`
+
 class Reference {
   /** From most to least recent. */
   held: Held[] = []
@@ -25,10 +28,22 @@ class Reference {
   deletions = 0
   readonly maxEntries: number
   readonly maxBytes: number
+  readonly maxOwnerEntries: number
+  readonly maxOwnerBytes: number
+  readonly hasOwners: boolean
 
-  constructor(maxEntries: number, maxBytes: number) {
+  constructor(maxEntries: number, maxBytes: number, share: number) {
     this.maxEntries = maxEntries
     this.maxBytes = maxBytes
+    this.hasOwners = share < 1
+    this.maxOwnerEntries = Math.max(1, Math.floor(maxEntries * share))
+    this.maxOwnerBytes = Math.max(1, Math.floor(maxBytes * share))
+  }
+
+  ownedBy(owner: string): Held[] {
+    // With the whole for a share there are no owners.
+    if (!this.hasOwners) return []
+    return this.held.filter(({ key }) => ownerOf(key) === owner)
   }
 
   get bytes(): number {
@@ -59,14 +74,24 @@ class Reference {
 
   set(entry: Held): boolean {
     const older = this.take(entry.key)
-    if (entry.cost > this.maxBytes) {
+    if (entry.cost > this.maxOwnerBytes) {
       if (older !== undefined) this.evictedForBytes += 1
       return false
     }
     if (older === undefined) this.insertions += 1
+    const owner = ownerOf(entry.key)
+    if (this.ownedBy(owner).length === this.maxOwnerEntries) {
+      this.take(this.ownedBy(owner).at(-1)?.key ?? '')
+      this.evictedForEntries += 1
+    }
     if (this.held.length === this.maxEntries) {
       this.held.pop()
       this.evictedForEntries += 1
+    }
+    const owned = () => this.ownedBy(owner)
+    while (owned().reduce((sum, { cost }) => sum + cost, entry.cost) > this.maxOwnerBytes) {
+      this.take(this.ownedBy(owner).at(-1)?.key ?? '')
+      this.evictedForBytes += 1
     }
     while (this.bytes + entry.cost > this.maxBytes) {
       this.held.pop()
@@ -114,6 +139,11 @@ function agree(model: Reference, { lru }: Real): void {
   assert.equal(stats.insertions, entries + evictions.entries + evictions.bytes + expirations + deletions)
   assert.ok(entries <= lru.maxEntries)
   assert.ok(stats.bytes <= lru.maxBytes)
+  for (const owner of ['owner-0', 'owner-1', 'owner-2']) {
+    const held = model.ownedBy(owner)
+    assert.ok(held.length <= model.maxOwnerEntries)
+    assert.ok(held.reduce((sum, { cost }) => sum + cost, 0) <= model.maxOwnerBytes)
+  }
 }
 
 class Step implements fc.Command<Reference, Real> {
@@ -160,7 +190,7 @@ const set = (key: string, value: number, cost: number, softMs: number, hardMs: n
   new Step(`set(${key}, ${value}, ${cost} B, ${softMs} ms, ${hardMs} ms)`, (model, { lru }) => {
     const [softUntilMs, hardUntilMs] = [model.nowMs + softMs, model.nowMs + hardMs]
     const stored = model.set({ key, value, cost, softUntilMs, hardUntilMs })
-    assert.equal(lru.set(key, value, cost, softUntilMs, hardUntilMs), stored)
+    assert.equal(lru.set(key, value, cost, softUntilMs, hardUntilMs, ownerOf(key)), stored)
   })
 
 const replace = (key: string, value: number) =>
@@ -217,16 +247,20 @@ function commandsOver(keys: fc.Arbitrary<string>, maxCommands: number) {
 function runBoth(
   maxEntries: number,
   maxBytes: number,
+  ownerShare: number,
   draw: number,
   steps: Iterable<fc.Command<Reference, Real>>,
 ): void {
   const clock = { ms: 0 }
-  const lru = new Lru<number>({ maxEntries, maxBytes, now: () => clock.ms, random: () => draw })
-  fc.modelRun(() => ({ model: new Reference(maxEntries, maxBytes), real: { lru, clock } }), steps)
+  const lru = new Lru<number>({ maxEntries, maxBytes, ownerShare, now: () => clock.ms, random: () => draw })
+  fc.modelRun(() => ({ model: new Reference(maxEntries, maxBytes, ownerShare), real: { lru, clock } }), steps)
 }
 
 /** What the hash draws its secrets from; 0 makes the worst hash, in which keys share buckets. */
 const DRAWS = fc.constantFrom(0, 0.37, 0.999)
+
+/** 1: there are no owners. */
+const SHARES = fc.constantFrom(1, 0.7, 0.34, 0.01)
 
 describe('the LRU and a naive reference', () => {
   test('agree after every command, over 10,000 short sequences with tight bounds', {
@@ -236,6 +270,7 @@ describe('the LRU and a naive reference', () => {
       fc.property(
         fc.integer({ min: 1, max: 6 }),
         fc.integer({ min: 1, max: 30 }),
+        SHARES,
         DRAWS,
         commandsOver(FEW_KEYS, 24),
         runBoth,
@@ -249,6 +284,7 @@ describe('the LRU and a naive reference', () => {
       fc.property(
         fc.integer({ min: 17, max: 70 }),
         fc.integer({ min: 100, max: 500 }),
+        SHARES,
         DRAWS,
         commandsOver(MANY_KEYS, 400),
         runBoth,

@@ -203,3 +203,25 @@ test('no two pairs of tenant and id share a copy, whatever characters they have'
     { numRuns: 2_000 },
   )
 })
+
+describe('the share of a tenant', () => {
+  test('keeps one that stores without end from evicting the others', () => {
+    const tier = tierAt({ ms: 0 }, { maxEntries: 10, tenantShare: 0.5 })
+    for (const id of ['a', 'b', 'c', 'd', 'e']) tier.set('quiet', copyOf(id))
+    for (let i = 0; i < 1_000; i++) tier.set('loud', copyOf(`${i}`))
+    for (const id of ['a', 'b', 'c', 'd', 'e']) expect(tier.peek('quiet', id)).toBeDefined()
+    for (let i = 995; i < 1_000; i++) expect(tier.peek('loud', `${i}`)).toBeDefined()
+    expect(tier.peek('loud', '994')).toBeUndefined()
+  })
+
+  test('holds for bytes, too, and what is larger than the share is not stored', () => {
+    const large = (id: string, bytes: number) => copyOf(id, { bytes: new Uint8Array(bytes) })
+    const tier = tierAt({ ms: 0 }, { maxBytes: 100_000, tenantShare: 0.5 })
+    tier.set('quiet', large('a', 40_000))
+    for (let i = 0; i < 10; i++) tier.set('loud', large(`${i}`, 30_000))
+    expect(tier.peek('quiet', 'a')).toBeDefined()
+    expect(tier.peek('loud', '9')).toBeDefined()
+    expect(tier.set('loud', large('z', 60_000))).toBe(false)
+    expect(tier.peek('loud', '9')).toBeDefined()
+  })
+})

@@ -20,13 +20,16 @@
 //   ABORTED              the etag does not match, or a conflict outlived the server's retries
 //   OUT_OF_RANGE         `min_revision` or `resume_after` is ahead of the tenant's log (UNAVAILABLE with reason
 //                        NEWER_TIMELINE when it may be one of a database that has just failed over)
-//   RESOURCE_EXHAUSTED   message or item too large, too many concurrent streams or loads
+//   UNAUTHENTICATED      no valid credential, or a stream's credential has ended
+//   PERMISSION_DENIED    the credential's role does not allow the call
+//   RESOURCE_EXHAUSTED   message or item too large, too many concurrent streams or loads, too many calls of the tenant
 //   UNAVAILABLE          a needed tier is down and nothing stale may be served, or the server is draining
 //   DEADLINE_EXCEEDED    the caller's deadline; without one the server's own maximum (default 30 s)
 //   UNIMPLEMENTED        this release does not offer the RPC
 //   INTERNAL             a bug; the message is a reference id that the server's log has too
 //
-// Metadata that any call may carry: `x-tenant-id` (see above), `traceparent` (W3C Trace Context), and, on
+// Metadata that any call may carry: `authorization` (`Bearer` and a token, where the service asks for one; exactly
+// once, and decided on before anything of the request), `x-tenant-id` (see above), `traceparent` (W3C Trace Context), and, on
 // writes, `x-client-id` (at most 128 bytes): who writes, so that a watcher can leave out its own writes.
 //
 // Strings must be valid UTF-8. Ids and tags hold no control characters.
