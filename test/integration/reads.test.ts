@@ -239,6 +239,7 @@ describe('concurrent readers', () => {
   test('are not bound to a failure: the next read tries again', async () => {
     let broken = true
     await using service = await startService({
+      env: { ITEMCACHE_FAILURE_TTL: '0s' },
       catalogue: {
         intercept: (_, response) => {
           if (!broken) return false

@@ -227,13 +227,18 @@ function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
   if (maxFloors > IDS.length) memory.passes = (copy) => tail.raising(TENANT)?.judge(copy) === 'current'
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: 0 })
   const redis = gatedRedis(shared, gate)
-  const parts = { memory, redis, postgres, origin: undefined, tail, probe, metrics }
+  const parts = { memory, redis, postgres, origin: undefined, locks: undefined, tail, probe, metrics }
   const reader = new Reader(parts, {
     freshForMs: NEVER_MS,
     negativeTtlMs: NEVER_MS,
     jitter: 0,
     maxStaleMs: NEVER_MS,
     softTimeoutMs: NEVER_MS,
+    refreshTimeoutMs: NEVER_MS,
+    failureTtlMs: 0,
+    lockTtlMs: 0,
+    earlyRefresh: 0,
+    rolloutPercent: 100,
     now,
     random,
   })
