@@ -207,24 +207,24 @@ export class Loader {
   }
 
   async #walk(group: Group): Promise<void> {
-    if (group.route === 'direct') return this.#walkStore(group, group.flights)
-    const { tenant } = group
-    const { left, answered } = await this.#walkRedis(tenant, group.flights)
-    const together = answered && this.#stampede
-    if (!together) return this.#walkStore(group, left)
-    const { awaited = [], behind = [] } = Object.groupBy(left, (flight) =>
+    const { tenant, route, flights } = group
+    if (route === 'direct') return this.#walkStore(group, flights)
+    if (this.#stampede === undefined) return this.#walkAll(group, flights)
+    const { awaited = [], behind = [] } = Object.groupBy(flights, (flight) =>
       flight.isAwaited ? 'awaited' : 'behind',
     )
+    // Refreshes, once across instances. A reader who comes meanwhile does not wait for another instance's refresh.
+    const waiting = this.#waiting(tenant, (flight) => flight.isAwaited)
     await Promise.all([
-      this.#walkStore(group, awaited),
-      // Once across instances. A reader who comes meanwhile does not wait for another instance's refresh.
-      together.guard(
-        tenant,
-        behind,
-        this.#waiting(tenant, (flight) => flight.isAwaited),
-        (flights) => this.#walkStore(group, flights),
-      ),
+      this.#walkAll(group, awaited),
+      this.#stampede.guard(tenant, behind, waiting, (turn) => this.#walkAll(group, turn)),
     ])
+  }
+
+  async #walkAll(group: Group, flights: readonly Flight[]): Promise<void> {
+    if (flights.length === 0) return
+    const { left } = await this.#walkRedis(group.tenant, flights)
+    await this.#walkStore(group, left)
   }
 
   /** Lands what the authoritative tiers know, which is everything. */

@@ -241,10 +241,10 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
   #runLocks(
     tenant: string,
     claims: readonly LockClaim[],
-    queue: Queue<Keyed & LockClaim>,
+    queue: Queue<Keyed & Pick<LockClaim, 'token'>>,
   ): Promise<ReadonlyMap<string, Reply>> {
     if (this.#client.status !== 'ready') return Promise.resolve(new Map())
-    const entries = claims.map((claim) => ({ ...claim, key: lockKey(this.#prefix, tenant, claim.id) }))
+    const entries = claims.map(({ id, token }) => ({ token, key: lockKey(this.#prefix, tenant, id) }))
     return this.#run(entries, 1, queue)
   }
 

@@ -6,8 +6,9 @@
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
-import { Tail } from '../../src/invalidation/tail.ts'
+import { Tail, untilAborted } from '../../src/invalidation/tail.ts'
 import type { LogRow } from '../../src/invalidation/view.ts'
+import type { ItemDraft } from '../../src/item.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import { Probe } from '../../src/service/probe.ts'
@@ -19,10 +20,13 @@ import type {
   Copy,
   InvalidationMode,
   InvalidationTarget,
+  LoadLocks,
+  LockState,
   LogEntry,
   LogListener,
   LogPage,
   LogSource,
+  OriginTier,
   Revision,
   Snapshot,
   StoreTier,
@@ -34,6 +38,8 @@ const IDS = ['a', 'b'] as const
 type Id = (typeof IDS)[number]
 const TAGS = ['t', 'u'] as const
 const NEVER_MS = 2 ** 30
+/** Longer than any pause between two looks. */
+const PAUSE_MS = 100
 
 /** Resolves when the scheduler says so. */
 type Gate = (what: string) => Promise<void>
@@ -49,7 +55,7 @@ class Database implements StoreTier, LogSource {
   readonly #rows: LogEntry[] = []
   /** `tags` are `undefined` when the item was deleted. */
   readonly #changes: { id: string; revision: Revision; tags: readonly string[] | undefined }[] = []
-  #listener: LogListener | undefined
+  readonly #listeners: LogListener[] = []
 
   constructor(gate: Gate) {
     this.#gate = gate
@@ -75,7 +81,9 @@ class Database implements StoreTier, LogSource {
   commit(row: Omit<LogRow, 'revision'>): Revision {
     const revision = this.revision + 1
     this.#rows.push({ ...row, revision, committedAtMs: 0, ageMs: 0, writer: '' })
-    void this.#gate('notification').then(() => this.#listener?.changed(TENANT))
+    void this.#gate('notification').then(() => {
+      for (const listener of this.#listeners) listener.changed(TENANT)
+    })
     return revision
   }
 
@@ -117,6 +125,17 @@ class Database implements StoreTier, LogSource {
     return revision
   }
 
+  async insertLoaded(
+    _: string,
+    loaded: ReadonlyMap<string, unknown>,
+  ): Promise<ReadonlyMap<string, Snapshot>> {
+    const ids = [...loaded.keys()]
+    await this.#gate(`insert ${ids}`)
+    for (const of of ids) if (this.at(of, this.revision).state === 'unknown') this.put(of, [])
+    await this.#gate(`inserted ${ids}`)
+    return this.read('', ids)
+  }
+
   seen(): void {}
 
   async outcomeOf(): Promise<undefined> {}
@@ -130,7 +149,7 @@ class Database implements StoreTier, LogSource {
   }
 
   async listen(listener: LogListener): Promise<AsyncDisposable> {
-    this.#listener = listener
+    this.#listeners.push(listener)
     return { [Symbol.asyncDispose]: async () => {} }
   }
 
@@ -154,7 +173,6 @@ class Database implements StoreTier, LogSource {
   trim = unused
   list = unused
   create = unused
-  insertLoaded = unused
   refetched = unused
   inspect = unused
   ping = unused
@@ -190,6 +208,35 @@ function gatedRedis(copies: MemoryTier, gate: Gate): CacheTier {
   }
 }
 
+/** Locks that are given and taken late, like everything else. What is lost is as if their time were over. */
+class Locks implements LoadLocks {
+  readonly held = new Map<string, string>()
+  readonly #gate: Gate
+
+  constructor(gate: Gate) {
+    this.#gate = gate
+  }
+
+  async acquire(_: string, claims: readonly { id: string; token: string }[]) {
+    await this.#gate('lock')
+    const states = new Map<string, LockState>()
+    for (const { id, token } of claims) {
+      const holder = this.held.get(id) ?? token
+      this.held.set(id, holder)
+      states.set(id, holder === token ? 'ours' : NEVER_MS)
+    }
+    await this.#gate('lock answered')
+    return states
+  }
+
+  async release(_: string, { id, token }: { id: string; token: string }) {
+    await this.#gate('unlock')
+    if (this.held.get(id) === token) this.held.delete(id)
+  }
+
+  async renew() {}
+}
+
 /** Notes which copies were stored that do not pass. */
 class WatchedMemory extends MemoryTier {
   readonly unfit: Copy[] = []
@@ -201,14 +248,25 @@ class WatchedMemory extends MemoryTier {
   }
 }
 
-function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
+/** What instances have in common. */
+function surroundings(gate: Gate) {
+  const options = { maxBytes: 1e6, maxStaleMs: NEVER_MS, now: () => 0, random: () => 0 }
+  const origin: OriginTier | undefined = undefined
+  return {
+    postgres: new Database(gate),
+    shared: new MemoryTier({ ...options, maxEntries: 100 }),
+    locks: new Locks(gate),
+    origin: origin as OriginTier | undefined,
+  }
+}
+
+function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100, around = surroundings(gate) } = {}) {
   const clock = { nowMs: 0 }
   const now = () => clock.nowMs
   const random = () => 0
   const options = { maxBytes: 1e6, maxStaleMs: NEVER_MS, now, random }
   const memory = new WatchedMemory({ ...options, maxEntries })
-  const shared = new MemoryTier({ ...options, maxEntries: 100 })
-  const postgres = new Database(gate)
+  const { postgres, shared, locks, origin } = around
   const metrics = new Metrics({ methods: [] })
   const log = createLogger({ level: 'silent', version: '0' })
   const tail = new Tail({
@@ -227,7 +285,7 @@ function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
   if (maxFloors > IDS.length) memory.passes = (copy) => tail.raising(TENANT)?.judge(copy) === 'current'
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: 0 })
   const redis = gatedRedis(shared, gate)
-  const parts = { memory, redis, postgres, origin: undefined, locks: undefined, tail, probe, metrics }
+  const parts = { memory, redis, postgres, origin, locks, tail, probe, metrics }
   const reader = new Reader(parts, {
     freshForMs: NEVER_MS,
     negativeTtlMs: NEVER_MS,
@@ -236,14 +294,14 @@ function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
     softTimeoutMs: NEVER_MS,
     refreshTimeoutMs: NEVER_MS,
     failureTtlMs: 0,
-    lockTtlMs: 0,
+    lockTtlMs: NEVER_MS,
     earlyRefresh: 0,
     rolloutPercent: 100,
     now,
     random,
   })
-  const writer = new Writer({ reader, postgres, origin: undefined, tail })
-  return { clock, memory, shared, postgres, metrics, tail, reader, writer }
+  const writer = new Writer({ reader, postgres, origin, tail })
+  return { clock, memory, shared, locks, postgres, metrics, tail, reader, writer }
 }
 
 type Instance = ReturnType<typeof instance>
@@ -286,6 +344,8 @@ class Schedule implements AsyncDisposable {
     }
     work.then(end, end)
     for (let idle = 0; !done; check()) {
+      // Who waits for another instance looks again after a while.
+      if (this.#scheduler.count() === 0) vi.advanceTimersByTime(PAUSE_MS)
       if (this.#scheduler.count() === 0 || this.#turns.next().value === true) await turn()
       if (this.#scheduler.count() > 0) {
         await this.#scheduler.waitOne()
@@ -321,7 +381,13 @@ const READS = {
 } as const satisfies Record<string, Partial<ReadOptions>>
 
 type Op =
-  | { readonly op: 'read'; readonly id: Id; readonly as: keyof typeof READS | 'at-least' }
+  | {
+      readonly op: 'read'
+      readonly id: Id
+      readonly as: keyof typeof READS | 'at-least'
+      /** The caller may go away before there is an answer. */
+      readonly leaves: boolean
+    }
   | { readonly op: 'update' | 'delete'; readonly id: Id }
   | { readonly op: 'foreign'; readonly id: Id; readonly tags: readonly string[] }
   | {
@@ -330,6 +396,8 @@ type Op =
       readonly mode: InvalidationMode
     }
   | { readonly op: 'silence' | 'tick' | 'fail' }
+  /** Another instance has a lock, or loses it. */
+  | { readonly op: 'lock' | 'unlock'; readonly id: Id }
 
 // Most of it happens to one item.
 const id = fc.oneof({ weight: 4, arbitrary: fc.constant('a' as const) }, fc.constantFrom(...IDS))
@@ -343,9 +411,11 @@ const as = fc.oneof(
   { weight: 3, arbitrary: fc.constant('default' as const) },
   fc.constantFrom('strict', 'fresh', 'verified', 'cached', 'at-least' as const),
 )
+const leaves = fc.integer({ min: 0, max: 3 }).map((one) => one === 0)
 const weighted = (failures: number): fc.Arbitrary<Op> =>
   fc.oneof(
-    { weight: 8, arbitrary: fc.record({ op: fc.constant('read' as const), id, as }) },
+    { weight: 8, arbitrary: fc.record({ op: fc.constant('read' as const), id, as, leaves }) },
+    { weight: 2, arbitrary: fc.record({ op: fc.constantFrom('lock', 'unlock'), id }) },
     { weight: 2, arbitrary: fc.record({ op: fc.constantFrom('update', 'delete'), id }) },
     { weight: 2, arbitrary: fc.record({ op: fc.constant('foreign' as const), id, tags }) },
     {
@@ -384,15 +454,18 @@ class History {
   /** What was committed so long ago that every instance must know of it. */
   #beforeSilence: Revision = 0
 
-  constructor(of: Instance) {
+  readonly #gate: Gate
+
+  constructor(of: Instance, gate: Gate) {
     this.#instance = of
+    this.#gate = gate
   }
 
   async run(one: Op): Promise<void> {
     const { writer, postgres, clock } = this.#instance
     switch (one.op) {
       case 'read':
-        return this.#read(one.id, one.as)
+        return this.#read(one.id, one.as, one.leaves)
       case 'update':
       case 'delete': {
         const precondition = { etag: '', allowMissing: true }
@@ -424,6 +497,12 @@ class History {
         // The tail asks again by itself after a change.
         vi.advanceTimersByTime(10)
         return
+      case 'lock':
+        this.#instance.locks.held.set(one.id, 'another instance')
+        return
+      case 'unlock':
+        this.#instance.locks.held.delete(one.id)
+        return
       case 'fail':
         postgres.failing++
     }
@@ -436,7 +515,7 @@ class History {
     return IDS.filter((one) => postgres.at(one, revision).tags.some((tag) => target.tags.includes(tag)))
   }
 
-  async #read(of: Id, as: keyof typeof READS | 'at-least'): Promise<void> {
+  async #read(of: Id, as: keyof typeof READS | 'at-least', leaves: boolean): Promise<void> {
     const { reader, postgres, tail } = this.#instance
     const [written, expired, removed] = [this.#written.get(of), this.#expired.get(of), this.#removed.get(of)]
     const [shown, committed] = [this.#shown.get(of), postgres.revision]
@@ -444,10 +523,14 @@ class History {
     const old = postgres.at(of, this.#beforeSilence).revision
     const minRevision = as === 'at-least' ? committed : 0
     const options: ReadOptions = { ...DEFAULT_READ, ...(as === 'at-least' ? { minRevision } : READS[as]) }
+    const caller = new AbortController()
+    const gone = new ItemCacheError('cancelled', 'the caller cancelled')
+    if (leaves) void this.#gate('leave').then(() => caller.abort(gone))
     let answer: Answer
     try {
-      answer = await reader.read(TENANT, of, options, signal)
+      answer = await reader.read(TENANT, of, options, caller.signal)
     } catch (error) {
+      if (error === gone) return
       if (error instanceof ItemCacheError && error.code === 'unavailable') return
       throw error
     }
@@ -506,7 +589,7 @@ describe('whatever the order in which answers arrive', () => {
         await using steps = scheduled
         await tail.start()
         for (const of of IDS) tested.postgres.put(of, ['t'])
-        const history = new History(tested)
+        const history = new History(tested, steps.gate)
         const running = list.map(async (one) => {
           await steps.gate(JSON.stringify(one))
           await history.run(one)
@@ -579,10 +662,42 @@ describe('readers of one key at the same time', () => {
           if (outcome.status === 'rejected') expect(outcome.reason).toBe(gone)
           if (!leaves[i]) expect(outcome.status).toBe('fulfilled')
         }
-        expect(postgres.selects.get('a') ?? 0).toBeLessThanOrEqual(1)
+        // Only a load that all have left is done again.
+        const left = leaves.filter(Boolean).length
+        expect(postgres.selects.get('a') ?? 0).toBeLessThanOrEqual(left + 1)
+        if (left === 0) expect(postgres.selects.get('a')).toBe(1)
       }),
       { numRuns: 300 },
     )
+  })
+
+  test('that all leave take the load along, and it leaves nothing behind', async () => {
+    const { promise: opened, resolve: open } = Promise.withResolvers<void>()
+    const signals: (AbortSignal | undefined)[] = []
+    const { reader, postgres, memory, metrics, tail } = instance(async () => {})
+    await using _tail = tail
+    postgres.put('a', [])
+    const select = postgres.read.bind(postgres)
+    postgres.read = async (tenant, ids, until?: AbortSignal) => {
+      signals.push(until)
+      await untilAborted(opened, until ?? signal)
+      return select(tenant, ids)
+    }
+    const callers = [new AbortController(), new AbortController()]
+    const reading = callers.map((caller) => patient(reader, 'a', caller.signal))
+    while (signals.length === 0) await turn()
+    callers[0]?.abort(new ItemCacheError('timeout', 'the deadline has passed'))
+    await expect(reading[0]).rejects.toMatchObject({ code: 'timeout' })
+    expect(signals[0]?.aborted).toBe(false)
+    callers[1]?.abort(new ItemCacheError('cancelled', 'the caller cancelled'))
+    await expect(reading[1]).rejects.toMatchObject({ code: 'cancelled' })
+    expect(signals[0]?.aborted).toBe(true)
+    await reader.settled()
+    expect(metrics.tiers.postgres.errors).toBe(0)
+    expect(memory.peek(TENANT, 'a')).toBeUndefined()
+    open()
+    expect(await patient(reader, 'a')).toMatchObject({ outcome: 'MISS', coalesced: false })
+    expect(signals).toHaveLength(2)
   })
 
   test('share a failure, and the next one tries again', async () => {
@@ -639,6 +754,87 @@ describe('readers of one key at the same time', () => {
     expect(third).toMatchObject({ outcome: 'HIT', copy: { asOf: 2 } })
   })
 })
+
+describe('two instances with readers of one item that only the origin has', () => {
+  const plan = fc.record({
+    /** For each reader the instance, and whether it goes away. */
+    readers: fc.array(fc.record({ at: fc.constantFrom(0, 1), leaves: fc.boolean() }), {
+      minLength: 1,
+      maxLength: 8,
+    }),
+    /** How often a lock's time is over while its holder lives. */
+    losses: fc.integer({ min: 0, max: 2 }),
+  })
+  const explore = (
+    check: (run: {
+      fetches: number
+      left: number
+      losses: number
+      outcomes: readonly PromiseSettledResult<Answer>[]
+      tested: readonly Instance[]
+    }) => void,
+  ) =>
+    fc.assert(
+      fc.asyncProperty(schedule, plan, async (scheduled, { readers, losses }) => {
+        const around = surroundings(scheduled.gate)
+        let fetches = 0
+        around.origin = {
+          name: 'origin',
+          serves: () => true,
+          fetch: async (_, until) => {
+            fetches++
+            await untilAborted(scheduled.gate('fetch'), until ?? signal)
+            return DRAFT
+          },
+        }
+        const tested = [instance(scheduled.gate, { around }), instance(scheduled.gate, { around })]
+        await using _one = tested[0]?.tail
+        await using _two = tested[1]?.tail
+        await using steps = scheduled
+        for (const { tail } of tested) await tail.start()
+        const gone = new ItemCacheError('cancelled', 'the caller cancelled')
+        const reading = readers.map(async ({ at, leaves }) => {
+          const caller = new AbortController()
+          await steps.gate('read')
+          if (leaves) void steps.gate('leave').then(() => caller.abort(gone))
+          return tested[at]?.reader.read(TENANT, '1', DEFAULT_READ, caller.signal) as Promise<Answer>
+        })
+        for (let lost = 0; lost < losses; lost++)
+          void steps.gate('loss').then(() => around.locks.held.clear())
+        const outcomes = await steps.untilDone(Promise.allSettled(reading))
+        const left = readers.filter(({ leaves }) => leaves).length
+        for (const [i, outcome] of outcomes.entries()) {
+          if (readers[i]?.leaves === false) expect(outcome.status).toBe('fulfilled')
+        }
+        check({ fetches, left, losses, outcomes, tested })
+        // Whatever happened to the locks, nobody holds one when all is over.
+        await steps.untilQuiet()
+        expect(around.locks.held.size).toBe(0)
+      }),
+      { numRuns: 500 },
+    )
+
+  test('it is fetched once, and once more at most for each lock that is lost and each reader who leaves', async () => {
+    await explore(({ fetches, left, losses, outcomes }) => {
+      expect(fetches).toBeLessThanOrEqual(1 + losses + left)
+      for (const outcome of outcomes) {
+        if (outcome.status === 'rejected') expect(outcome.reason).toMatchObject({ code: 'cancelled' })
+        else expect(outcome.value.copy?.bytes).toEqual(Uint8Array.of(1))
+      }
+    })
+  })
+})
+
+const DRAFT: ItemDraft = {
+  title: 'A thing',
+  description: '',
+  category: '',
+  imageUri: '',
+  price: undefined,
+  rating: undefined,
+  tags: [],
+  attributes: undefined,
+}
 
 describe('an instance to which no notification comes', () => {
   const deaf: Gate = (what) => (what === 'notification' ? new Promise(() => {}) : Promise.resolve())
