@@ -12,7 +12,13 @@ import type { ItemDraft } from '../../src/item.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import { Probe } from '../../src/service/probe.ts'
-import { type Answer, DEFAULT_READ, Reader, type ReadOptions } from '../../src/service/read.ts'
+import {
+  type Answer,
+  DEFAULT_READ,
+  Reader,
+  type ReaderOptions,
+  type ReadOptions,
+} from '../../src/service/read.ts'
 import { type Write, Writer } from '../../src/service/write.ts'
 import { MemoryTier } from '../../src/tiers/memory.ts'
 import type {
@@ -260,11 +266,19 @@ function surroundings(gate: Gate) {
   }
 }
 
-function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100, around = surroundings(gate) } = {}) {
+function instance(
+  gate: Gate,
+  {
+    maxFloors = 1000,
+    maxEntries = 100,
+    around = surroundings(gate),
+    settings = {} as Partial<ReaderOptions>,
+  } = {},
+) {
   const clock = { nowMs: 0 }
   const now = () => clock.nowMs
   const random = () => 0
-  const options = { maxBytes: 1e6, maxStaleMs: NEVER_MS, now, random }
+  const options = { maxBytes: 1e6, maxStaleMs: settings.maxStaleMs ?? NEVER_MS, now, random }
   const memory = new WatchedMemory({ ...options, maxEntries })
   const { postgres, shared, locks, origin } = around
   const metrics = new Metrics({ methods: [] })
@@ -299,6 +313,7 @@ function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100, around = sur
     rolloutPercent: 100,
     now,
     random,
+    ...settings,
   })
   const writer = new Writer({ reader, postgres, origin, tail })
   return { clock, memory, shared, locks, postgres, metrics, tail, reader, writer }
@@ -765,16 +780,9 @@ describe('two instances with readers of one item that only the origin has', () =
     /** How often a lock's time is over while its holder lives. */
     losses: fc.integer({ min: 0, max: 2 }),
   })
-  const explore = (
-    check: (run: {
-      fetches: number
-      left: number
-      losses: number
-      outcomes: readonly PromiseSettledResult<Answer>[]
-      tested: readonly Instance[]
-    }) => void,
-  ) =>
-    fc.assert(
+
+  test('it is fetched once, and once more at most for each lock that is lost and each reader who leaves', async () => {
+    await fc.assert(
       fc.asyncProperty(schedule, plan, async (scheduled, { readers, losses }) => {
         const around = surroundings(scheduled.gate)
         let fetches = 0
@@ -804,24 +812,16 @@ describe('two instances with readers of one item that only the origin has', () =
         const outcomes = await steps.untilDone(Promise.allSettled(reading))
         const left = readers.filter(({ leaves }) => leaves).length
         for (const [i, outcome] of outcomes.entries()) {
-          if (readers[i]?.leaves === false) expect(outcome.status).toBe('fulfilled')
+          if (outcome.status === 'fulfilled') expect(outcome.value.copy?.bytes).toEqual(Uint8Array.of(1))
+          else expect([readers[i]?.leaves, outcome.reason]).toEqual([true, gone])
         }
-        check({ fetches, left, losses, outcomes, tested })
+        expect(fetches).toBeLessThanOrEqual(1 + losses + left)
         // Whatever happened to the locks, nobody holds one when all is over.
         await steps.untilQuiet()
         expect(around.locks.held.size).toBe(0)
       }),
       { numRuns: 500 },
     )
-
-  test('it is fetched once, and once more at most for each lock that is lost and each reader who leaves', async () => {
-    await explore(({ fetches, left, losses, outcomes }) => {
-      expect(fetches).toBeLessThanOrEqual(1 + losses + left)
-      for (const outcome of outcomes) {
-        if (outcome.status === 'rejected') expect(outcome.reason).toMatchObject({ code: 'cancelled' })
-        else expect(outcome.value.copy?.bytes).toEqual(Uint8Array.of(1))
-      }
-    })
   })
 })
 
@@ -835,6 +835,119 @@ const DRAFT: ItemDraft = {
   tags: [],
   attributes: undefined,
 }
+
+describe('a load behind an answer', () => {
+  /** Holds the rows of SELECTs while it is shut. */
+  function door() {
+    let shut = false
+    let opened = Promise.withResolvers<void>()
+    const gate: Gate = async (what) => {
+      if (shut && what.startsWith('rows')) await opened.promise
+    }
+    return {
+      gate,
+      shut: () => {
+        shut = true
+        opened = Promise.withResolvers()
+      },
+      open: () => {
+        shut = false
+        opened.resolve()
+      },
+    }
+  }
+  const read = ({ reader }: Instance) => reader.read(TENANT, 'a', DEFAULT_READ, signal)
+  const selected = async ({ postgres }: Instance, times: number) => {
+    while ((postgres.selects.get('a') ?? 0) < times) await turn()
+  }
+
+  test('is one for all, ends after its own time when nobody comes, and the next answer starts another', async () => {
+    const { gate, shut, open } = door()
+    const tested = instance(gate, { settings: { freshForMs: 1000, refreshTimeoutMs: 5000 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    tested.clock.nowMs = 1001
+    shut()
+    for (let n = 0; n < 10; n++) {
+      expect(await read(tested)).toMatchObject({ outcome: 'STALE', staleReason: 'REVALIDATING' })
+    }
+    await selected(tested, 2)
+    vi.advanceTimersByTime(4999)
+    await turn()
+    expect(tested.metrics).toMatchObject({ refreshesOk: 0, refreshesFailed: 0 })
+    vi.advanceTimersByTime(1)
+    await expect.poll(() => tested.metrics.refreshesFailed).toBe(1)
+    expect(await read(tested)).toMatchObject({ outcome: 'STALE' })
+    await selected(tested, 3)
+    open()
+    await tested.reader.settled()
+    expect(tested.metrics).toMatchObject({ refreshesOk: 1, refreshesFailed: 1 })
+    expect(await read(tested)).toMatchObject({ outcome: 'HIT' })
+  })
+
+  test('goes on after the soft timeout of the only reader', async () => {
+    const { gate, shut, open } = door()
+    const tested = instance(gate, { settings: { softTimeoutMs: 100 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    // Nothing was heard of the log for so long that the copy is no answer by itself.
+    tested.clock.nowMs = 2000
+    shut()
+    const reading = read(tested)
+    await selected(tested, 2)
+    vi.advanceTimersByTime(100)
+    expect(await reading).toMatchObject({ outcome: 'STALE', staleReason: 'UNVERIFIED' })
+    open()
+    await tested.reader.settled()
+    expect(tested.metrics).toMatchObject({ refreshesOk: 1, refreshesFailed: 0 })
+    expect(tested.memory.peek(TENANT, 'a')).toMatchObject({ verifiedAtMs: 2000 })
+  })
+
+  test('comes early for a hit whose draw says so, does not take the same copy from Redis, and spoils no hit', async () => {
+    let draw = 0
+    const settings = { freshForMs: 1000, earlyRefresh: 5, random: () => draw }
+    const tested = instance(async () => {}, { settings })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    const hit = async (nowMs: number, drawn: number) => {
+      draw = drawn
+      tested.clock.nowMs = nowMs
+      expect(await read(tested)).toMatchObject({ outcome: 'HIT', tier: 'memory' })
+      await tested.reader.settled()
+      return tested.postgres.selects.get('a')
+    }
+    // The mean of the draws is 20 ms here, a fiftieth of the copy's life: with 0.5 drawn, the last 14 ms count.
+    expect(await hit(600, 1 - 1e-12)).toBe(1)
+    expect(await hit(980, 0.5)).toBe(1)
+    expect(await hit(990, 0.1)).toBe(1)
+    expect(await hit(990, 0.5)).toBe(2)
+    expect(await hit(991, 0.5)).toBe(2)
+    expect(tested.memory.peek(TENANT, 'a')).toMatchObject({ verifiedAtMs: 990 })
+    expect(tested.metrics).toMatchObject({ refreshesOk: 1 })
+  })
+
+  test('that fails leaves the copy in place up to the age that stale answers may have, and no longer', async () => {
+    const tested = instance(async () => {}, { settings: { freshForMs: 1000, maxStaleMs: 60_000 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    tested.postgres.failing = 100
+    for (const nowMs of [1200, 2000, 59_999]) {
+      tested.clock.nowMs = nowMs
+      expect(await read(tested)).toMatchObject({ outcome: 'STALE', copy: { revision: 1 } })
+      await tested.reader.settled()
+    }
+    expect(tested.metrics.refreshesFailed).toBe(1)
+    tested.clock.nowMs = 60_001
+    await expect(read(tested)).rejects.toMatchObject({ code: 'unavailable' })
+  })
+})
 
 describe('an instance to which no notification comes', () => {
   const deaf: Gate = (what) => (what === 'notification' ? new Promise(() => {}) : Promise.resolve())
