@@ -355,8 +355,11 @@ export class Loader {
       if (failure !== undefined) one.flight.fail(failure)
       else if (!one.flight.isOver) asking.push(one)
     }
-    const redisAnswered = asking[0]?.flight.skipped.every(({ tier }) => tier !== 'redis')
-    if (route === 'direct' || !redisAnswered || this.#stampede === undefined) {
+    // Redis that has only been slow may still have the lock; without Redis each instance asks for itself.
+    const withoutRedis = asking[0]?.flight.skipped.some(
+      ({ tier, reason }) => tier === 'redis' && reason !== 'timeout',
+    )
+    if (route === 'direct' || withoutRedis || this.#stampede === undefined) {
       return this.#fetch(tenant, asking)
     }
     const flights = asking.map(({ flight }) => flight)

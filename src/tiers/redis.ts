@@ -182,11 +182,23 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     })
   }
 
+  /**
+   * As in the port. What has failed is asked once more, with the same token: a busy process may give a command up whose
+   * reply has come, and would then load for itself what others are waiting for it to load.
+   */
   async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
-    const replies = await this.#runLocks(tenant, claims, (pipeline, { key, token }) => {
-      pipeline.takeLock(key, token, this.#lockTtlMs)
-    })
-    return new Map(claims.map(({ id }) => [id, lockState(replies.get(lockKey(this.#prefix, tenant, id)))]))
+    const ask = (asking: readonly LockClaim[]) =>
+      this.#runLocks(tenant, asking, (pipeline, { key, token }) => {
+        pipeline.takeLock(key, token, this.#lockTtlMs)
+      })
+    const replyTo = (replies: ReadonlyMap<string, Reply>, { id }: LockClaim) =>
+      replies.get(lockKey(this.#prefix, tenant, id))
+    const first = await ask(claims)
+    const failed = claims.filter((claim) => replyTo(first, claim) instanceof Error)
+    const second = failed.length > 0 ? await ask(failed) : first
+    return new Map(
+      claims.map((claim) => [claim.id, lockState(replyTo(second, claim) ?? replyTo(first, claim))]),
+    )
   }
 
   async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
