@@ -887,6 +887,30 @@ describe('a load behind an answer', () => {
     expect(await read(tested)).toMatchObject({ outcome: 'HIT' })
   })
 
+  test('waits for another instance that does the same, but no reader waits for that', async () => {
+    const tested = instance(async () => {}, { settings: { freshForMs: 1000 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    tested.clock.nowMs = 1001
+    tested.locks.held.set('a', 'another instance')
+    expect(await read(tested)).toMatchObject({ outcome: 'STALE' })
+    for (let looks = 0; looks < 5; looks++) {
+      await turn()
+      vi.advanceTimersByTime(PAUSE_MS)
+    }
+    expect(tested.postgres.selects.get('a')).toBe(1)
+    const strict = { ...DEFAULT_READ, allowStale: false }
+    expect(await tested.reader.read(TENANT, 'a', strict, signal)).toMatchObject({
+      outcome: 'MISS',
+      coalesced: true,
+    })
+    expect(tested.postgres.selects.get('a')).toBe(2)
+    expect(tested.locks.held.get('a')).toBe('another instance')
+    await tested.reader.settled()
+  })
+
   test('goes on after the soft timeout of the only reader', async () => {
     const { gate, shut, open } = door()
     const tested = instance(gate, { settings: { softTimeoutMs: 100 } })
