@@ -114,11 +114,14 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   }
 
   const memory = new MemoryTier({
+    enabled: config.memory.enabled,
     maxEntries: config.memory.maxEntries,
     maxBytes: config.memory.maxBytes,
     tenantShare: config.memory.tenantShare,
     maxStaleMs: ttl.maxStaleMs,
+    jitter: ttl.jitter,
     now,
+    random,
   })
   const redis =
     servers.redis.url === undefined
@@ -131,6 +134,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             random,
             ttlMs: ttl.redisMs,
             jitter: ttl.jitter,
+            lockTtlMs: timeouts.lockMs,
             commandTimeoutMs: timeouts.redisMs,
             onStateChange: (state, reason) => {
               if (state === 'ready') log.info({ tier: 'redis' }, 'Redis is ready')
@@ -174,13 +178,19 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   observe(metrics, memory)
 
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
-  const parts = { probe, memory, redis: redis ?? REDIS_OFF, postgres, origin, tail, metrics }
+  const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
+  const parts = { probe, ...caches, postgres, origin, tail, metrics }
   const reader = new Reader(parts, {
     freshForMs: ttl.freshForMs,
     negativeTtlMs: ttl.negativeMs,
     jitter: ttl.jitter,
     maxStaleMs: ttl.maxStaleMs,
     softTimeoutMs: timeouts.softMs,
+    refreshTimeoutMs: timeouts.refreshMs,
+    failureTtlMs: ttl.failureMs,
+    lockTtlMs: timeouts.lockMs,
+    earlyRefresh: ttl.earlyRefresh,
+    rolloutPercent: config.rolloutPercent,
     now,
     random,
   })
@@ -245,7 +255,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     address: grpc.address,
     admin: admin?.address,
     tiers: {
-      memory: `up to ${config.memory.maxEntries} items`,
+      memory: config.memory.enabled ? `up to ${config.memory.maxEntries} items` : 'off',
       redis: redis === undefined ? 'off' : `${servers.redis.description}, ${redis.state}`,
       postgres: servers.postgres.description,
       origin: servers.origin.description,

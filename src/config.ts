@@ -82,11 +82,14 @@ export interface Config {
   readonly redisEpoch: number
   readonly origin: OriginTarget
   readonly memory: {
+    readonly enabled: boolean
     readonly maxEntries: number
     readonly maxBytes: number
     /** The most that one tenant may take of either bound, above 0 and up to 1. */
     readonly tenantShare: number
   }
+  /** The share of keys that go through the caches, 0 to 100. */
+  readonly rolloutPercent: number
   readonly ttl: {
     readonly freshForMs: number
     readonly maxStaleMs: number
@@ -94,12 +97,19 @@ export interface Config {
     readonly redisMs: number
     /** The share of a TTL that chance may take away, 0 to 1. */
     readonly jitter: number
+    /** 0: failures are not remembered. */
+    readonly failureMs: number
+    /** The beta of XFetch; 0: copies are not refreshed early. */
+    readonly earlyRefresh: number
   }
   readonly timeouts: {
     readonly redisMs: number
     readonly postgresConnectMs: number
     readonly postgresStatementMs: number
     readonly softMs: number
+    readonly refreshMs: number
+    /** How long a lock in Redis lasts unless it is renewed; 0: there are none. */
+    readonly lockMs: number
     readonly originMs: number
     readonly maxDeadlineMs: number
     readonly drainMs: number
@@ -222,6 +232,14 @@ function ratio(text: string): number {
   const value = /^\d(\.\d{1,9})?$/.test(text) ? Number(text) : Number.NaN
   if (!(value <= 1)) throw new BrokenRule('must be a number, 0 to 1')
   return value
+}
+
+function decimal(max: number): (text: string) => number {
+  return (text) => {
+    const value = /^\d{1,9}(\.\d{1,9})?$/.test(text) ? Number(text) : Number.NaN
+    if (!(value <= max)) throw new BrokenRule(`must be a number, 0 to ${max}`)
+    return value
+  }
 }
 
 function flag(text: string): boolean {
@@ -404,6 +422,14 @@ const TABLE = {
     secret: true,
     parse: originTarget,
   },
+  rolloutPercent: {
+    name: 'ITEMCACHE_ROLLOUT_PERCENT',
+    group: WHAT,
+    default: '100',
+    description:
+      'The share of keys that go through the caches, 0 to 100; the others go straight to PostgreSQL.',
+    parse: count(0, 100),
+  },
   dataDir: {
     name: 'ITEMCACHE_DATA_DIR',
     group: WHAT,
@@ -477,6 +503,13 @@ const TABLE = {
     default: 'info',
     description: `The least level that is logged, as JSON on stderr: ${LOG_LEVELS.join(', ')}. At debug, every request.`,
     parse: oneOf(...LOG_LEVELS),
+  },
+  memoryEnabled: {
+    name: 'ITEMCACHE_MEMORY',
+    group: MEMORY,
+    default: 'on',
+    description: 'Whether copies are held in memory; off disables the tier.',
+    parse: flag,
   },
   maxEntries: {
     name: 'ITEMCACHE_MEMORY_MAX_ENTRIES',
@@ -565,6 +598,22 @@ const TABLE = {
     description: 'The share of a TTL that is left to chance, so that copies do not expire together; 0 to 1.',
     parse: ratio,
   },
+  earlyRefresh: {
+    name: 'ITEMCACHE_EARLY_REFRESH',
+    group: TIMES,
+    default: '5',
+    description:
+      'How eagerly copies that are read often are refreshed before their time is over: the beta of XFetch; 0: not at all.',
+    parse: decimal(1000),
+  },
+  failureTtl: {
+    name: 'ITEMCACHE_FAILURE_TTL',
+    group: TIMES,
+    default: '1s',
+    description:
+      'How long a failure of the catalogue is remembered for the item, so that a dead one is not asked again and again; 0s: not at all.',
+    parse: duration(0, 60 * SECOND),
+  },
   redisTimeout: {
     name: 'ITEMCACHE_REDIS_TIMEOUT',
     group: WAITS,
@@ -592,6 +641,21 @@ const TABLE = {
     default: '100ms',
     description: 'For a better answer, when there is a stale one that the caller accepts.',
     parse: duration(1),
+  },
+  refreshTimeout: {
+    name: 'ITEMCACHE_REFRESH_TIMEOUT',
+    group: WAITS,
+    default: '10s',
+    description: 'For a load behind a stale answer, which nobody waits for.',
+    parse: duration(1),
+  },
+  lockTtl: {
+    name: 'ITEMCACHE_LOCK_TTL',
+    group: WAITS,
+    default: '2s',
+    description:
+      'For an instance that loads an item for all of them and has died: its lock in Redis ends by itself. 0s: no locks, each instance loads for itself.',
+    parse: duration(0, 60 * SECOND),
   },
   originTimeout: {
     name: 'ITEMCACHE_ORIGIN_TIMEOUT',
@@ -835,19 +899,29 @@ function build(values: Values, cwd: string): Config {
     redis: values.redis,
     redisEpoch: values.redisEpoch,
     origin: values.origin,
-    memory: { maxEntries: values.maxEntries, maxBytes: values.maxBytes, tenantShare: values.tenantShare },
+    memory: {
+      enabled: values.memoryEnabled,
+      maxEntries: values.maxEntries,
+      maxBytes: values.maxBytes,
+      tenantShare: values.tenantShare,
+    },
+    rolloutPercent: values.rolloutPercent,
     ttl: {
       freshForMs: values.freshFor,
       maxStaleMs: values.maxStale,
       negativeMs: values.negativeTtl,
       redisMs: values.redisTtl,
       jitter: values.ttlJitter,
+      failureMs: values.failureTtl,
+      earlyRefresh: values.earlyRefresh,
     },
     timeouts: {
       redisMs: values.redisTimeout,
       postgresConnectMs: values.postgresConnectTimeout,
       postgresStatementMs: values.postgresStatementTimeout,
       softMs: values.softTimeout,
+      refreshMs: values.refreshTimeout,
+      lockMs: values.lockTtl,
       originMs: values.originTimeout,
       maxDeadlineMs: values.maxDeadline,
       drainMs: values.drainTimeout,

@@ -14,7 +14,8 @@ export const TIER_NAMES = ['memory', 'redis', 'postgres', 'origin'] as const sat
 
 /**
  * How a read was answered. HIT: a current copy. STALE: a copy past its time. NEGATIVE_HIT: a copy that says "absent".
- * MISS: no cache could answer. BYPASS: the caller asked for FRESH.
+ * MISS: no cache could answer. BYPASS: the
+ * caller asked for FRESH, or the key is outside the share that goes through the caches.
  */
 export const READ_OUTCOMES = ['HIT', 'STALE', 'NEGATIVE_HIT', 'MISS', 'BYPASS'] as const
 export type ReadOutcome = (typeof READ_OUTCOMES)[number]
@@ -301,6 +302,9 @@ export class Metrics {
   invalidationsApplied = 0
   /** Copies from Redis that the rule refused. */
   refusedRedisCopies = 0
+  /** How long reads took that went through the caches, and those of keys that ITEMCACHE_ROLLOUT_PERCENT leaves out. */
+  readonly cachedReads = new LatencyHistogram()
+  readonly bypassedReads = new LatencyHistogram()
   /** What the consistency probe has found. */
   readonly probes = { consistent: 0, withinBound: 0, violation: 0 }
   /** From an invalidation's commit to its being applied here. */

@@ -88,6 +88,17 @@ export function prometheusText(metrics: Metrics, version: string): Exposition {
     [{ outcome: 'failed', tier: 'none' }, metrics.failedReads],
   ])
 
+  new PulledHistogram(
+    registry,
+    'itemcache_read_latency_seconds',
+    'Reads that were answered: through the caches, or past them as ITEMCACHE_ROLLOUT_PERCENT says.',
+    ['path'],
+    () => [
+      [{ path: 'cached' }, metrics.cachedReads],
+      [{ path: 'bypassed' }, metrics.bypassedReads],
+    ],
+  )
+
   counter(
     'itemcache_tier_hits_total',
     'Ids found in the tier.',

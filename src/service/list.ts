@@ -39,9 +39,10 @@ export function readPage(
   const { tenant, category, tag, pageSize } = request
   const afterId = request.pageToken === '' ? '' : readToken(request)
   const id = `${LISTED}${JSON.stringify([pageSize, category, tag, afterId])}`
-  const load = async (): Promise<Snapshot> => {
+  const load = async (cancelled: AbortSignal): Promise<Snapshot> => {
     // One more than asked for tells whether there is a next page.
-    const found = await parts.postgres.list(tenant, { category, tag, afterId, limit: pageSize + 1 })
+    const query = { category, tag, afterId, limit: pageSize + 1 }
+    const found = await parts.postgres.list(tenant, query, cancelled)
     const items = found.items.slice(0, pageSize)
     const last = items.at(-1)
     const more = found.items.length > pageSize && last !== undefined

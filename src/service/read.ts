@@ -2,42 +2,37 @@
  * Reads: from the nearest tier that holds a current copy.
  *
  * 1. `hit` looks into memory, synchronously: no promise, no lock.
- * 2. On a miss, `read` joins the key's **flight** or starts one. Flights that start in one tick walk the tiers
- *    together: one multi-key read in Redis, then one in PostgreSQL for what is left, then the origin for what
- *    PostgreSQL has never seen. The first tier that answers refills the ones above it.
- * 3. What the origin knew is inserted into PostgreSQL unless somebody was faster, and read back from there, so
- *    that every copy has an as-of.
+ * 2. On a miss, `read` joins the key's flight or starts one (`flights.ts`), which takes it through the other tiers
+ *    (`load.ts`). The first tier that answers refills the ones above it.
  *
  * Which answers a reader may accept (the **rule of flights**; for "the rule" see `invalidation/view.ts`):
  * - a SELECT that was sent after the reader began is current by itself;
  * - anything else (memory, Redis, a flight that had sent its SELECT before) must pass the rule and the reader's own
  *   options *now*; else the reader starts a flight that skips Redis, once.
  *
- * A result is **stored iff it passes on arrival**, so that a slow load that began before a write cannot bring the old
- * value back. What passes is stamped with the position; what is newer than the position raises its key's floor. A
- * failed flight is not cached. Each caller keeps its own deadline: it stops waiting, and the flight goes on for the
- * others.
+ * Each caller keeps its own deadline: it stops waiting, and the flight goes on for the others.
  *
  * **Stale answers**, always marked, and never a copy that was removed: a copy past its freshness or expired, while it
  * reloads; and, when the tiers below do not answer in time, the copy with the greatest as-of of either cache.
+ *
+ * **Early refreshes** (probabilistic early expiration, XFetch): a hit whose copy has little time left may start a refresh
+ * behind its answer, the likelier the less is left, so that a key that is read often is never found past its time.
+ * Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache Stampede Prevention, VLDB 2015.
  */
 import { ItemCacheError } from '../errors.ts'
-import { aheadOfLog, type Tail, untilAborted } from '../invalidation/tail.ts'
+import { aheadOfLog, untilAborted } from '../invalidation/tail.ts'
 import type { Verdict, View } from '../invalidation/view.ts'
-import type { ItemDraft } from '../item.ts'
-import type { Metrics } from '../observe/metrics.ts'
-import type { MemoryTier } from '../tiers/memory.ts'
-import type {
-  CacheAnswer,
-  CacheTier,
-  Copy,
-  OriginTier,
-  Revision,
-  SkipReason,
-  Snapshot,
-  StoreTier,
-  TierName,
-} from '../tiers/tier.ts'
+import type { Copy, Revision, Snapshot, TierName } from '../tiers/tier.ts'
+import {
+  type Flight,
+  type FlightPlan,
+  Flights,
+  type Landed,
+  type Load,
+  type Route,
+  type Skipped,
+} from './flights.ts'
+import { Loader, type LoaderOptions, type LoaderParts, stamp } from './load.ts'
 import type { Probe } from './probe.ts'
 
 /** How fresh an answer must be. */
@@ -64,12 +59,6 @@ export const DEFAULT_READ: ReadOptions = {
 export type Outcome = 'HIT' | 'MISS' | 'STALE' | 'NEGATIVE_HIT' | 'BYPASS'
 /** Why a stale copy was served. */
 export type StaleReason = 'REVALIDATING' | 'SOFT_TIMEOUT' | 'TIER_DOWN' | 'UNVERIFIED'
-/** A tier that could not be asked. */
-export interface Skipped {
-  readonly tier: TierName
-  readonly reason: SkipReason
-}
-
 /** An answer and where it came from. */
 export interface Answer {
   /** `undefined` only for a miss with CACHE_ONLY. A copy without bytes says that the item is absent. */
@@ -83,100 +72,44 @@ export interface Answer {
   readonly skipped: readonly Skipped[]
 }
 
-/** What a flight brings. */
-interface Landed {
-  readonly copy: Copy
-  readonly tier: TierName
-  /** When its SELECT was sent, on the reader's logical clock; 0 for a copy from Redis, which proves nothing. */
-  readonly sentAt: number
-  readonly skipped: readonly Skipped[]
-}
-
-/** Reads what PostgreSQL holds under a key that is not an item's. */
-export type Load = () => Promise<Snapshot>
-
-/** One load of one key, shared by all who miss it meanwhile. */
-interface Flight {
-  readonly id: string
-  /** `undefined` for an item, which is loaded together with others. */
-  readonly load: Load | undefined
-  readonly result: PromiseWithResolvers<Landed>
-  /** On the reader's logical clock; `undefined` while no SELECT was sent. */
-  sentAt: number | undefined
-  /** Resolves when the caches have been asked: from then on `fallback` is what Redis had. */
-  readonly cachesAsked: PromiseWithResolvers<undefined>
-  /** The copy that Redis had and that was not good enough: served, marked, when the tiers below are down. */
-  fallback: Copy | undefined
-  skipped: readonly Skipped[]
-}
-
-/** A flight whose item PostgreSQL has never seen: so it said in a SELECT that was sent at `readAtMs`. */
-interface Unknown {
-  readonly flight: Flight
-  readonly snapshot: Snapshot
-  readonly readAtMs: number
-}
-
-/** `cached` flights ask Redis first; `direct` ones begin at PostgreSQL. */
-type Route = 'cached' | 'direct'
-
-/** Flights of one tenant and route that have not left yet. */
-interface Boarding {
-  readonly tenant: string
-  readonly route: Route
-  readonly flights: Flight[]
-}
-
 /** Settings of the read path; durations in milliseconds. */
-export interface ReaderOptions {
-  /** Soft TTL of an item. */
-  readonly freshForMs: number
-  /** TTL of the knowledge that an item is absent. */
-  readonly negativeTtlMs: number
-  /** The share of each TTL that chance may take away, 0 to 1, so that copies do not expire together. */
-  readonly jitter: number
+export interface ReaderOptions extends LoaderOptions {
   /** A stale answer is at most so old. */
   readonly maxStaleMs: number
   /** A reader who has a stale copy to fall back on waits this long for a better one. */
   readonly softTimeoutMs: number
-  /** Monotonic clock. */
-  readonly now: () => number
-  /** Uniform in [0, 1). */
-  readonly random: () => number
+  /** A load behind a stale answer is cancelled after this time unless a reader waits for it. */
+  readonly refreshTimeoutMs: number
+  /** How eagerly copies are refreshed before their time is over: the beta of XFetch. 0: not at all. */
+  readonly earlyRefresh: number
 }
 
-/** The tiers and what watches them. `origin` is `undefined` when it is off. */
-export interface ReaderParts {
-  readonly memory: MemoryTier
-  readonly redis: CacheTier
-  readonly postgres: StoreTier
-  readonly origin: OriginTier | undefined
-  readonly tail: Tail
+/** The tiers and what watches them. */
+export interface ReaderParts extends LoaderParts {
   readonly probe: Probe
-  readonly metrics: Metrics
 }
-
-/** A larger copy (a page of large items) is not worth its room. */
-const MAX_KEPT_BYTES = 1024 * 1024
 
 const NOTHING_SKIPPED: readonly Skipped[] = []
 
-/** A multi-key read never asks a tier for more keys than this at once. */
-const MAX_KEYS = 500
+/** Loads are never taken to be shorter than this: that of a busy event loop. */
+const MIN_LOAD_MS = 20
+/** The mean of the draws is at most this share of a copy's life, however long loads take. */
+const MAX_EARLY_SHARE = 0.02
+/** One draw in nine million is larger than so many means: with more time left nothing is drawn. */
+const MAX_DRAW = 16
 
 /** A reader of items for all tenants of one instance. */
 export class Reader {
   readonly #parts: ReaderParts
   readonly #options: ReaderOptions
-  readonly #flights = { cached: new Map<string, Flight>(), direct: new Map<string, Flight>() }
-  #boarding: Boarding[] = []
-  /** The logical clock that orders readers and SELECTs. */
-  #tick = 0
-  readonly #background = new Set<Promise<unknown>>()
+  readonly #loader: Loader
+  readonly #flights: Flights
 
   constructor(parts: ReaderParts, options: ReaderOptions) {
     this.#parts = parts
     this.#options = options
+    this.#loader = new Loader(parts, options)
+    this.#flights = new Flights((group) => this.#loader.depart(group))
   }
 
   /** Milliseconds of the clock that `Copy` uses. */
@@ -186,13 +119,21 @@ export class Reader {
 
   /** The answer that memory can give, or `undefined`. Synchronous. */
   hit(tenant: string, id: string, options: ReadOptions, load?: Load): Answer | undefined {
-    if (options.freshness === 'FRESH') return undefined
-    const view = this.#parts.tail.view(tenant)
+    const { memory, metrics, tail } = this.#parts
+    if (options.freshness === 'FRESH' || !memory.enabled || !this.#loader.isCached(tenant, id))
+      return undefined
+    const view = tail.view(tenant)
     if (view === undefined) return undefined
-    const copy = this.#parts.memory.get(tenant, id)
-    const answer = copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, load)
-    if (answer === undefined) this.#asked('memory', 0, 1)
-    else this.#asked('memory', 1, 0)
+    const startedMs = this.#options.now()
+    const copy = memory.get(tenant, id)
+    const answer =
+      copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, startedMs, load)
+    if (answer === undefined) {
+      metrics.tiers.memory.misses++
+      return undefined
+    }
+    metrics.tiers.memory.hits++
+    metrics.cachedReads.record(this.#options.now() - startedMs)
     return answer
   }
 
@@ -217,40 +158,33 @@ export class Reader {
     signal: AbortSignal,
     load?: Load,
   ): Promise<Answer> {
+    const { metrics } = this.#parts
+    const startedMs = this.#options.now()
     try {
-      if (this.#parts.tail.view(tenant) === undefined) {
-        // Nothing that is cached may be served before the tenant's log is known.
-        await this.#parts.tail.activated(tenant, signal)
-        const hit = this.hit(tenant, id, options, load)
-        if (hit !== undefined) return hit
+      if (!this.#loader.isCached(tenant, id)) {
+        const answer = await this.#bypass(tenant, id, options, signal, load)
+        metrics.bypassedReads.record(this.#options.now() - startedMs)
+        return answer
       }
-      if (options.freshness === 'CACHE_ONLY') return await this.#fromRedisOnly(tenant, id, options, signal)
-      return await this.#fromFlight(tenant, id, options, signal, load)
+      const answer = await this.#load(tenant, id, options, signal, load)
+      metrics.cachedReads.record(this.#options.now() - startedMs)
+      return answer
     } catch (error) {
-      this.#parts.metrics.failedReads++
+      metrics.failedReads++
       throw error
     }
   }
 
   /** Makes sure that PostgreSQL holds what the origin knows of an item, and says what it holds. */
   async loaded(tenant: string, id: string, signal: AbortSignal): Promise<Copy> {
-    const { flight } = this.#join(tenant, id, 'direct')
+    const { flight } = this.#flights.join(tenant, id, 'direct', {})
+    using _waiting = flight.board()
     return (await untilAborted(flight.result.promise, signal)).copy
   }
 
   /** A copy of what a statement has just read, good for its TTL from `sentAtMs` on. */
   copyOf(snapshot: Snapshot, sentAtMs: number): Copy {
-    const { freshForMs, negativeTtlMs, jitter, random } = this.#options
-    const ttl = snapshot.bytes === undefined ? negativeTtlMs : freshForMs
-    return {
-      id: snapshot.id,
-      asOf: snapshot.asOf,
-      bytes: snapshot.bytes,
-      revision: snapshot.state === 'present' ? snapshot.revision : 0,
-      tags: snapshot.tags,
-      verifiedAtMs: sentAtMs,
-      freshUntilMs: sentAtMs + ttl * (1 - jitter * random()),
-    }
+    return this.#loader.copyOf(snapshot, sentAtMs)
   }
 
   /**
@@ -258,31 +192,41 @@ export class Reader {
    * Returns the copies as they were stored; those that did not pass as they were.
    */
   async keep(tenant: string, copies: readonly Copy[]): Promise<readonly Copy[]> {
-    const { memory, redis, tail } = this.#parts
-    const passing: Copy[] = []
-    const kept = await memory.exclusive(tenant, () => {
-      // Known before applied: whatever becomes of a copy, somebody is shown it. Also while the view is being activated.
-      for (const copy of copies) {
-        tail.seen(copy.asOf)
-        tail.raising(tenant)?.ahead(copy)
-      }
-      const view = tail.view(tenant)
-      if (view === undefined) return copies
-      return copies.map((copy) => {
-        if (view.judge(copy) !== 'current' || (copy.bytes?.byteLength ?? 0) > MAX_KEPT_BYTES) return copy
-        const stamped = stamp(view, copy)
-        memory.set(tenant, stamped)
-        passing.push(stamped)
-        return stamped
-      })
-    })
-    if (passing.length > 0) this.#inBackground(redis.store(tenant, passing))
-    return kept
+    return (await this.#loader.keep(tenant, copies)).kept
   }
 
   /** Waits for refreshes and stores that no caller waits for. Used before the tiers are closed. */
-  async settled(): Promise<void> {
-    while (this.#background.size > 0) await Promise.allSettled(this.#background)
+  settled(): Promise<void> {
+    return this.#loader.settled()
+  }
+
+  async #load(
+    tenant: string,
+    id: string,
+    options: ReadOptions,
+    signal: AbortSignal,
+    load: Load | undefined,
+  ): Promise<Answer> {
+    if (this.#parts.tail.view(tenant) === undefined) {
+      // Nothing that is cached may be served before the tenant's log is known.
+      await this.#parts.tail.activated(tenant, signal)
+      const hit = this.hit(tenant, id, options, load)
+      if (hit !== undefined) return hit
+    }
+    if (options.freshness === 'CACHE_ONLY') return this.#fromRedisOnly(tenant, id, options, signal)
+    return this.#fromFlight(tenant, id, options, signal, load)
+  }
+
+  /** The answer for a key outside the share that goes through the caches: PostgreSQL's own. */
+  async #bypass(
+    tenant: string,
+    id: string,
+    options: ReadOptions,
+    signal: AbortSignal,
+    load: Load | undefined,
+  ): Promise<Answer> {
+    if (options.freshness === 'CACHE_ONLY') return this.#nothing(NOTHING_SKIPPED)
+    return this.#fromFlight(tenant, id, { ...options, freshness: 'FRESH' }, signal, load)
   }
 
   /** The answer that a copy allows, or `undefined` when it is not good enough for the reader. */
@@ -294,9 +238,9 @@ export class Reader {
     options: ReadOptions,
     coalesced: boolean,
     skipped: readonly Skipped[],
-    load?: Load,
+    now: number,
+    load: Load | undefined,
   ): Answer | undefined {
-    const now = this.#options.now()
     if (!view.hasHeard(now)) return undefined
     const verdict = view.judge(found)
     let copy = found
@@ -310,11 +254,14 @@ export class Reader {
       const outcome = copy.bytes === undefined ? 'NEGATIVE_HIT' : 'HIT'
       this.#count(tier, outcome, coalesced)
       this.#parts.probe.served(tenant, copy)
+      if (tier === 'memory' && options.freshness !== 'CACHE_ONLY' && this.#isDue(copy, now)) {
+        this.#refreshEarly(tenant, copy, load)
+      }
       return { copy, tier, outcome, staleReason: undefined, coalesced, skipped }
     }
     if (!options.allowStale || copy.bytes === undefined) return undefined
     if (now - copy.verifiedAtMs > this.#options.maxStaleMs) return undefined
-    if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, load)
+    if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load })
     this.#count(tier, 'STALE', coalesced)
     return { copy, tier, outcome: 'STALE', staleReason: 'REVALIDATING', coalesced, skipped }
   }
@@ -325,12 +272,14 @@ export class Reader {
     options: ReadOptions,
     signal: AbortSignal,
   ): Promise<Answer> {
-    const answer = await untilAborted(this.#readRedis(tenant, [id]), signal)
-    const skipped = skippedRedis(answer.skipped)
+    const answer = await untilAborted(this.#loader.readRedis(tenant, [id]), signal)
+    const skipped = this.#loader.skipped(answer.skipped)
     const copy = answer.copies.get(id)
     const view = this.#parts.tail.view(tenant)
-    const served = copy && view && this.#serve(tenant, view, copy, 'redis', options, false, skipped)
-    this.#askedRedis(answer, served === undefined ? 0 : 1, 1)
+    const now = this.#options.now()
+    const served =
+      copy && view && this.#serve(tenant, view, copy, 'redis', options, false, skipped, now, undefined)
+    this.#loader.askedRedis(answer, served === undefined ? 0 : 1, 1)
     if (copy !== undefined && served !== undefined) {
       // Stored iff it passes: what is served as stale may have failed the rule.
       if (served.outcome !== 'STALE') this.#parts.memory.set(tenant, served.copy ?? copy)
@@ -338,6 +287,11 @@ export class Reader {
     }
     const stale = this.#staleInstead(tenant, id, options, { fallback: copy, skipped }, 'SOFT_TIMEOUT', false)
     if (stale !== undefined) return stale
+    return this.#nothing(skipped)
+  }
+
+  /** The answer of caches that have nothing. */
+  #nothing(skipped: readonly Skipped[]): Answer {
     this.#count(undefined, 'MISS', false)
     return {
       copy: undefined,
@@ -356,11 +310,11 @@ export class Reader {
     signal: AbortSignal,
     load: Load | undefined,
   ): Promise<Answer> {
-    const began = ++this.#tick
+    const began = this.#loader.tick()
     const fresh = options.freshness === 'FRESH' || options.maxStalenessMs === 0
     let route: Route = fresh ? 'direct' : 'cached'
     for (;;) {
-      const { flight, joined } = this.#join(tenant, id, route, load)
+      const { flight, joined } = this.#flights.join(tenant, id, route, { load })
       const landed = await this.#patiently(tenant, flight, options, signal, joined)
       if ('outcome' in landed) return landed
       const { copy, tier, skipped, sentAt } = landed
@@ -377,7 +331,8 @@ export class Reader {
       const view = this.#parts.tail.view(tenant)
       if (!fresh && view !== undefined) {
         if (tier === 'redis') {
-          const served = this.#serve(tenant, view, copy, tier, options, joined, skipped, load)
+          const now = this.#options.now()
+          const served = this.#serve(tenant, view, copy, tier, options, joined, skipped, now, load)
           if (served !== undefined) return served
         } else {
           // An older flight's SELECT: as good as any copy that passes.
@@ -406,10 +361,11 @@ export class Reader {
     signal: AbortSignal,
     joined: boolean,
   ): Promise<Landed | Answer> {
+    using _waiting = flight.board()
     const { promise } = flight.result
     const instead = (reason: StaleReason, tier: TierName = 'postgres') =>
       this.#staleInstead(tenant, flight.id, options, flight, reason, joined, tier)
-    if (!options.allowStale || options.freshness === 'FRESH') return untilAborted(promise, signal)
+    if (!options.allowStale || options.freshness === 'FRESH') return await untilAborted(promise, signal)
     const { promise: late, resolve: isLate } = Promise.withResolvers<undefined>()
     const timer = setTimeout(isLate, this.#options.softTimeoutMs, undefined)
     // While PostgreSQL is known not to answer, there is nothing to wait for once the caches have been asked.
@@ -419,7 +375,11 @@ export class Reader {
         Promise.race([promise, down ? flight.cachesAsked.promise : late]),
         signal,
       )
-      return first ?? instead(down ? 'TIER_DOWN' : 'SOFT_TIMEOUT') ?? (await untilAborted(promise, signal))
+      if (first !== undefined) return first
+      const stale = instead(down ? 'TIER_DOWN' : 'SOFT_TIMEOUT')
+      if (stale === undefined) return await untilAborted(promise, signal)
+      this.#goOn(flight)
+      return stale
     } catch (error) {
       const down = error instanceof ItemCacheError && error.code === 'unavailable' ? error.reason : undefined
       const stale =
@@ -479,254 +439,39 @@ export class Reader {
     }
   }
 
-  /** Reloads behind a stale answer; one reload per key, whoever asks. */
-  #refresh(tenant: string, id: string, load: Load | undefined): void {
-    const { flight, joined } = this.#join(tenant, id, 'cached', load)
-    if (joined) return
+  /** Reloads behind an answer; one reload per key, whoever asks. */
+  #refresh(tenant: string, id: string, plan: FlightPlan): void {
+    this.#goOn(this.#flights.join(tenant, id, 'cached', plan).flight)
+  }
+
+  /** Refreshes a copy that is fresh still. One in Redis that is hardly younger is not good enough. */
+  #refreshEarly(tenant: string, copy: Copy, load: Load | undefined): void {
+    const verifiedAfterMs = (copy.verifiedAtMs + copy.freshUntilMs) / 2
+    this.#refresh(tenant, copy.id, { load, verifiedAfterMs })
+  }
+
+  /** XFetch: whether this hit is the one that refreshes. Draws only for a copy whose time is nearly over. */
+  #isDue(copy: Copy, now: number): boolean {
+    const leftMs = copy.freshUntilMs - now
+    const lifeMs = copy.freshUntilMs - copy.verifiedAtMs
+    const meanMs = Math.min(
+      Math.max(this.#loader.meanLoadMs, MIN_LOAD_MS) * this.#options.earlyRefresh,
+      lifeMs * MAX_EARLY_SHARE,
+    )
+    if (leftMs > meanMs * MAX_DRAW) return false
+    return -meanMs * Math.log(1 - this.#options.random()) >= leftMs
+  }
+
+  /** A flight whose reader has been answered goes on behind the answer. */
+  #goOn(flight: Flight): void {
+    if (!flight.goOn(this.#options.refreshTimeoutMs)) return
     const { metrics } = this.#parts
-    this.#inBackground(
+    this.#loader.inBackground(
       flight.result.promise.then(
         () => metrics.refreshesOk++,
         () => metrics.refreshesFailed++,
       ),
     )
-  }
-
-  /** The key's flight of this route, or a new one that leaves at the end of the tick. */
-  #join(tenant: string, id: string, route: Route, load?: Load): { flight: Flight; joined: boolean } {
-    const flights = this.#flights[route]
-    const key = flightKey(tenant, id)
-    const under = flights.get(key)
-    // A direct flight is taken only before it leaves: those who choose it want a SELECT sent after they began.
-    if (under !== undefined && (route === 'cached' || under.sentAt === undefined)) {
-      return { flight: under, joined: true }
-    }
-    const flight: Flight = {
-      id,
-      load,
-      result: Promise.withResolvers(),
-      sentAt: undefined,
-      cachesAsked: Promise.withResolvers(),
-      fallback: undefined,
-      skipped: [],
-    }
-    // Nobody may be waiting any more when it fails.
-    flight.result.promise.catch(() => {})
-    flights.set(key, flight)
-    this.#board(tenant, route, flight)
-    return { flight, joined: false }
-  }
-
-  #board(tenant: string, route: Route, flight: Flight): void {
-    if (this.#boarding.length === 0) setImmediate(() => this.#depart())
-    const waiting = this.#boarding.findLast((one) => one.tenant === tenant && one.route === route)
-    if (waiting !== undefined && waiting.flights.length < MAX_KEYS) waiting.flights.push(flight)
-    else this.#boarding.push({ tenant, route, flights: [flight] })
-  }
-
-  #depart(): void {
-    const leaving = this.#boarding
-    this.#boarding = []
-    for (const { tenant, route, flights } of leaving) {
-      this.#inBackground(
-        this.#walk(tenant, route, flights).catch((error: unknown) => {
-          for (const flight of flights) this.#fail(tenant, route, flight, error)
-        }),
-      )
-    }
-  }
-
-  /** Takes flights of one tenant through the tiers; each lands, or fails, as soon as its fate is known. */
-  async #walk(tenant: string, route: Route, flights: readonly Flight[]): Promise<void> {
-    const left = route === 'cached' ? await this.#walkRedis(tenant, flights) : flights
-    const items = left.filter((flight) => flight.load === undefined)
-    await Promise.all([
-      ...left.map((flight) => flight.load && this.#walkAlone(tenant, route, flight, flight.load)),
-      items.length > 0 && this.#walkItems(tenant, route, items),
-    ])
-  }
-
-  async #walkItems(tenant: string, route: Route, flights: readonly Flight[]): Promise<void> {
-    const unknown = await this.#walkPostgres(tenant, route, flights)
-    if (unknown.length > 0) await this.#walkOrigin(tenant, route, unknown)
-  }
-
-  /** Lands a flight that brings its own statement. */
-  async #walkAlone(tenant: string, route: Route, flight: Flight, load: Load): Promise<void> {
-    const sentAt = ++this.#tick
-    const sentAtMs = this.#options.now()
-    flight.sentAt = sentAt
-    flight.cachesAsked.resolve(undefined)
-    this.#parts.metrics.loads++
-    try {
-      const copy = this.copyOf(await this.#timed('postgres', load), sentAtMs)
-      this.#asked('postgres', 1, 0)
-      await this.#arrive(tenant, route, [{ flight, copy }], 'postgres', sentAt)
-    } catch (error) {
-      this.#fail(tenant, route, flight, error)
-    }
-  }
-
-  /** Lands what Redis holds a good copy of, and returns the rest. */
-  async #walkRedis(tenant: string, flights: readonly Flight[]): Promise<readonly Flight[]> {
-    const { tail, memory, metrics } = this.#parts
-    const answer = await this.#readRedis(
-      tenant,
-      flights.map((flight) => flight.id),
-    )
-    const skipped = skippedRedis(answer.skipped)
-    const landing: { flight: Flight; copy: Copy }[] = []
-    const left = await memory.exclusive(tenant, () => {
-      const view = tail.view(tenant)
-      const now = this.#options.now()
-      return flights.filter((flight) => {
-        flight.skipped = skipped
-        const copy = answer.copies.get(flight.id)
-        flight.fallback = copy
-        if (copy === undefined || view === undefined) return true
-        // Redis proves nothing: its copies are under the same rule, and may bring the first news of a failover.
-        tail.seen(copy.asOf)
-        const passes = view.hasHeard(now) && view.judge(copy) === 'current'
-        if (!passes) metrics.refusedRedisCopies++
-        if (!passes || now >= copy.freshUntilMs) return true
-        const stamped = stamp(view, copy)
-        view.ahead(stamped)
-        memory.set(tenant, stamped)
-        landing.push({ flight, copy: stamped })
-        return false
-      })
-    })
-    this.#askedRedis(answer, landing.length, flights.length)
-    for (const { flight, copy } of landing) this.#land(tenant, 'cached', flight, copy, 'redis', 0)
-    return left
-  }
-
-  /** Lands what PostgreSQL knows, and returns the flights whose items only the origin may know. */
-  async #walkPostgres(tenant: string, route: Route, flights: readonly Flight[]): Promise<readonly Unknown[]> {
-    const { postgres, origin, metrics } = this.#parts
-    const sentAt = ++this.#tick
-    const sentAtMs = this.#options.now()
-    for (const flight of flights) {
-      flight.sentAt = sentAt
-      flight.cachesAsked.resolve(undefined)
-    }
-    metrics.loads += flights.length
-    const snapshots = await this.#timed('postgres', () =>
-      postgres.read(
-        tenant,
-        flights.map((flight) => flight.id),
-      ),
-    )
-    const known: { flight: Flight; copy: Copy }[] = []
-    const unknown: Unknown[] = []
-    for (const flight of flights) {
-      const snapshot = snapshots.get(flight.id)
-      if (snapshot === undefined) throw new ItemCacheError('internal', 'PostgreSQL left an id out')
-      if (snapshot.state === 'unknown' && origin?.serves(flight.id))
-        unknown.push({ flight, snapshot, readAtMs: sentAtMs })
-      else known.push({ flight, copy: this.copyOf(snapshot, sentAtMs) })
-    }
-    this.#asked('postgres', known.length, unknown.length)
-    await this.#arrive(tenant, route, known, 'postgres', sentAt)
-    return unknown
-  }
-
-  /**
-   * Asks the origin for each item by itself, so that a slow one delays no other. Items that arrive while an
-   * insert is under way go together into the next one.
-   */
-  async #walkOrigin(tenant: string, route: Route, unknown: readonly Unknown[]): Promise<void> {
-    const { postgres, origin } = this.#parts
-    if (origin === undefined) return
-    const arrived = new Map<string, { flight: Flight; draft: ItemDraft }>()
-    let inserting: Promise<void> | undefined
-    const insert = async (batch: readonly { flight: Flight; draft: ItemDraft }[]): Promise<void> => {
-      try {
-        const sentAt = ++this.#tick
-        const sentAtMs = this.#options.now()
-        const drafts = new Map(batch.map(({ flight, draft }) => [flight.id, draft]))
-        const snapshots = await this.#timed('postgres', () => postgres.insertLoaded(tenant, drafts))
-        const landed = batch.map(({ flight }) => {
-          const snapshot = snapshots.get(flight.id)
-          if (snapshot === undefined) throw new ItemCacheError('internal', 'PostgreSQL left an id out')
-          return { flight, copy: this.copyOf(snapshot, sentAtMs) }
-        })
-        await this.#arrive(tenant, route, landed, 'origin', sentAt)
-      } catch (error) {
-        if (batch.length > 1 && isRefusal(error)) {
-          // One item that PostgreSQL does not take must not take the others along.
-          for (const one of batch) await insert([one])
-        } else {
-          for (const { flight } of batch) this.#fail(tenant, route, flight, asUnavailable(error))
-        }
-      }
-    }
-    const insertArrived = async () => {
-      while (arrived.size > 0) {
-        const batch = [...arrived.values()]
-        arrived.clear()
-        await insert(batch)
-      }
-      inserting = undefined
-    }
-    await Promise.all(
-      unknown.map(async ({ flight, snapshot, readAtMs }) => {
-        try {
-          const draft = await this.#timed('origin', () => origin.fetch(flight.id))
-          this.#asked('origin', draft === undefined ? 0 : 1, draft === undefined ? 1 : 0)
-          if (draft === undefined) {
-            const absent = { flight, copy: this.copyOf(snapshot, readAtMs) }
-            await this.#arrive(tenant, route, [absent], 'origin', flight.sentAt ?? 0)
-            return
-          }
-          arrived.set(flight.id, { flight, draft })
-          inserting ??= insertArrived()
-          await inserting
-        } catch (error) {
-          this.#fail(tenant, route, flight, error)
-        }
-      }),
-    )
-  }
-
-  /** A result is stored iff it passes on arrival; then its readers are told. */
-  async #arrive(
-    tenant: string,
-    route: Route,
-    landed: readonly { flight: Flight; copy: Copy }[],
-    tier: TierName,
-    sentAt: number,
-  ): Promise<void> {
-    const kept = await this.keep(
-      tenant,
-      landed.map(({ copy }) => copy),
-    )
-    for (const [i, { flight, copy }] of landed.entries()) {
-      this.#land(tenant, route, flight, kept[i] ?? copy, tier, sentAt)
-    }
-  }
-
-  #land(tenant: string, route: Route, flight: Flight, copy: Copy, tier: TierName, sentAt: number): void {
-    this.#leave(tenant, route, flight)
-    flight.result.resolve({ copy, tier, sentAt, skipped: flight.skipped })
-  }
-
-  #fail(tenant: string, route: Route, flight: Flight, error: unknown): void {
-    this.#leave(tenant, route, flight)
-    flight.result.reject(error)
-  }
-
-  #leave(tenant: string, route: Route, flight: Flight): void {
-    const key = flightKey(tenant, flight.id)
-    if (this.#flights[route].get(key) === flight) this.#flights[route].delete(key)
-  }
-
-  async #readRedis(tenant: string, ids: readonly string[]): Promise<CacheAnswer> {
-    const { redis, metrics } = this.#parts
-    const answer = await this.#timed('redis', () => redis.read(tenant, ids))
-    if (answer.skipped === 'timeout') metrics.tiers.redis.timeouts++
-    else if (answer.skipped === 'down') metrics.tiers.redis.errors++
-    return answer
   }
 
   /** One read was answered by a tier; by none, when no cache had a copy and the caller wanted no other tier. */
@@ -736,69 +481,9 @@ export class Reader {
     if (tier === undefined) metrics.failedReads++
     else metrics.countRead(tier, outcome)
   }
-
-  #asked(tier: TierName, hits: number, misses: number): void {
-    const counters = this.#parts.metrics.tiers[tier]
-    counters.hits += hits
-    counters.misses += misses
-  }
-
-  /** A copy that Redis had and that was not good enough is a miss. A Redis that is off was not asked. */
-  #askedRedis(answer: CacheAnswer, hits: number, ids: number): void {
-    if (answer.skipped !== 'off') this.#asked('redis', hits, ids - hits)
-  }
-
-  /** Runs one call of a tier and records how long it took and whether it failed. */
-  async #timed<T>(tier: TierName, call: () => Promise<T>): Promise<T> {
-    const counters = this.#parts.metrics.tiers[tier]
-    const startedMs = this.#options.now()
-    try {
-      return await call()
-    } catch (error) {
-      if (error instanceof ItemCacheError && error.reason.endsWith('_TIMEOUT')) counters.timeouts++
-      else counters.errors++
-      throw error
-    } finally {
-      counters.latency.record(this.#options.now() - startedMs)
-    }
-  }
-
-  #inBackground(work: Promise<unknown>): void {
-    this.#background.add(work)
-    const forget = () => {
-      this.#background.delete(work)
-    }
-    work.then(forget, forget)
-  }
-}
-
-/** PostgreSQL does not take the content. */
-function isRefusal(error: unknown): error is ItemCacheError {
-  return error instanceof ItemCacheError && (error.code === 'invalid' || error.code === 'exhausted')
-}
-
-/** What the origin sent is not the reader's fault. */
-function asUnavailable(error: unknown): unknown {
-  if (!isRefusal(error)) return error
-  return new ItemCacheError('unavailable', 'the origin sent an item that cannot be stored', {
-    reason: 'ORIGIN_INVALID',
-    cause: error,
-  })
-}
-
-/** Stamping: a copy that has just passed is the state at the position too. */
-function stamp(view: View, copy: Copy): Copy {
-  const asOf = view.stamp(copy.asOf)
-  return asOf === copy.asOf ? copy : { ...copy, asOf }
 }
 
 /** The caller's own bounds on revision and age, which hold for stale answers too. No copy is younger than 0. */
 function fits(copy: Copy, options: ReadOptions, now: number): boolean {
   return copy.asOf >= options.minRevision && now - copy.verifiedAtMs < options.maxStalenessMs
-}
-
-const flightKey = (tenant: string, id: string): string => `${tenant.length}:${tenant}${id}`
-
-function skippedRedis(reason: SkipReason | undefined): readonly Skipped[] {
-  return reason === undefined ? [] : [{ tier: 'redis', reason }]
 }

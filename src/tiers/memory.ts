@@ -14,9 +14,13 @@ export interface MemoryTierOptions {
   readonly tenantShare?: number
   /** Hard TTL: a copy is dropped this long after its SELECT was sent, in milliseconds. */
   readonly maxStaleMs: number
+  /** The share of the hard TTL that chance may take away, 0 to 1, so that copies do not go together. Default 0. */
+  readonly jitter?: number
+  /** False: nothing is held, and every read is a miss. Default true. */
+  readonly enabled?: boolean
   /** Milliseconds of a monotonic clock. */
   readonly now: () => number
-  /** 0 up to 1; see `LruOptions`. */
+  /** 0 up to 1; see `LruOptions`. Default `Math.random`. */
   readonly random?: () => number
 }
 
@@ -45,14 +49,21 @@ interface TenantLock {
 
 export class MemoryTier implements CacheTier {
   readonly name = 'memory'
+  /** False: the tier is off. */
+  readonly enabled: boolean
   readonly #copies: Lru<Copy>
   readonly #maxStaleMs: number
+  readonly #jitter: number
+  readonly #random: () => number
   readonly #now: () => number
   readonly #locks = new Map<string, TenantLock>()
 
   /** Throws a `RangeError` for bounds that are not positive. */
   constructor(options: MemoryTierOptions) {
+    this.enabled = options.enabled ?? true
     this.#copies = new Lru<Copy>({ ...options, ownerShare: options.tenantShare ?? 1 })
+    this.#jitter = options.jitter ?? 0
+    this.#random = options.random ?? Math.random
     this.#maxStaleMs = options.maxStaleMs
     this.#now = options.now
   }
@@ -69,11 +80,13 @@ export class MemoryTier implements CacheTier {
 
   /** Stores a copy unless the one that is there has a greater as-of. False when it was not stored, being older or too large. */
   set(tenant: string, copy: Copy): boolean {
+    if (!this.enabled) return false
     const key = keyOf(tenant, copy.id)
     const stored = this.#copies.peek(key)
     if (stored !== undefined && isNewer(stored, copy)) return false
     // A copy that is still fresh is kept, however short stale answers are allowed to be.
-    const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + this.#maxStaleMs)
+    const hardMs = this.#maxStaleMs * (1 - this.#jitter * this.#random())
+    const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + hardMs)
     return this.#copies.set(
       key,
       withOwnBytes(copy),
@@ -131,7 +144,7 @@ export class MemoryTier implements CacheTier {
       const copy = this.get(tenant, id)
       if (copy !== undefined) copies.set(id, copy)
     }
-    return { copies }
+    return this.enabled ? { copies } : { copies, skipped: 'off' }
   }
 
   async store(tenant: string, copies: readonly Copy[]): Promise<void> {
@@ -141,6 +154,7 @@ export class MemoryTier implements CacheTier {
   }
 
   async inspect(tenant: string, id: string): Promise<Inspection> {
+    if (!this.enabled) return { present: false, skipped: 'off' }
     const entry = this.#copies.inspect(keyOf(tenant, id))
     if (entry === undefined) return { present: false }
     const { value: copy, cost, hardUntilMs } = entry

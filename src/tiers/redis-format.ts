@@ -64,6 +64,47 @@ redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 1
 `
 
+/** The key of an item's lock: no copy's, since those have no `:` after the id. */
+export function lockKey(prefix: string, tenant: string, id: string): string {
+  return `${redisKey(prefix, tenant, id)}:lock`
+}
+
+/** In a lock's place after its holder failed. No token is like it. */
+const OPEN = 'open'
+
+/** What `LOCK_SCRIPT` answers besides the milliseconds that another holder's lock has left. */
+export const LOCK_IS_OURS = 0
+export const LOCK_IS_OPEN = -1
+
+/**
+ * Takes a lock for the token ARGV[1] and ARGV[2] milliseconds, unless another token holds it. That it holds it itself
+ * is fine: the reply of an earlier attempt was lost, or the command was sent twice. A lock without an end is nobody's.
+ */
+export const LOCK_SCRIPT = `
+local holder = redis.call('GET', KEYS[1])
+if holder == '${OPEN}' then return ${LOCK_IS_OPEN} end
+if holder and holder ~= ARGV[1] then
+  local left = redis.call('PTTL', KEYS[1])
+  if left >= 0 then return math.max(left, 1) end
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ${LOCK_IS_OURS}
+`
+
+/** Makes a lock last for ARGV[2] milliseconds from now if the token ARGV[1] holds it. */
+export const RENEW_SCRIPT = `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+`
+
+/** Deletes a lock if the token ARGV[1] holds it, or leaves it open for ARGV[2] milliseconds if that is not 0. */
+export const RELEASE_SCRIPT = `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if ARGV[2] == '0' then return redis.call('DEL', KEYS[1]) end
+redis.call('SET', KEYS[1], '${OPEN}', 'PX', ARGV[2])
+return 1
+`
+
 /** The value for a copy that is written at `nowMs` with a TTL of `ttlMs` (whole, 1 to `MAX_TTL_MS`). */
 export function encodeCopy(copy: Copy, nowMs: number, ttlMs: number): Buffer {
   const tags = copy.tags.map((tag) => Buffer.from(tag))

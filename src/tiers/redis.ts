@@ -15,13 +15,37 @@ import {
   Redis,
   type Result,
 } from 'ioredis'
-import { decodeCopy, encodeCopy, MAX_TTL_MS, redisKey, STORE_SCRIPT } from './redis-format.ts'
+import {
+  decodeCopy,
+  encodeCopy,
+  LOCK_IS_OPEN,
+  LOCK_IS_OURS,
+  LOCK_SCRIPT,
+  lockKey,
+  MAX_TTL_MS,
+  RELEASE_SCRIPT,
+  RENEW_SCRIPT,
+  redisKey,
+  STORE_SCRIPT,
+} from './redis-format.ts'
 import { parseRedisUrl, type RedisTarget } from './redis-url.ts'
-import type { CacheAnswer, CacheTier, Copy, Inspection, SkipReason } from './tier.ts'
+import type {
+  CacheAnswer,
+  CacheTier,
+  Copy,
+  Inspection,
+  LoadLocks,
+  LockClaim,
+  LockState,
+  SkipReason,
+} from './tier.ts'
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     storeCopy(key: string, asOf: number, value: Buffer, ttlMs: number): Result<number, Context>
+    takeLock(key: string, token: string, ttlMs: number): Result<number, Context>
+    renewLock(key: string, token: string, ttlMs: number): Result<number, Context>
+    releaseLock(key: string, token: string, openMs: number): Result<number, Context>
   }
 }
 
@@ -38,6 +62,8 @@ export interface RedisTierOptions {
   readonly ttlMs?: number
   /** The TTL varies by this share either way, so that copies stored together do not expire together. Default 0.1. */
   readonly jitter?: number
+  /** After how long a lock ends that nobody renews. Default 2,000 ms. */
+  readonly lockTtlMs?: number
   /** How long one command may take before it counts as a miss. Default 250 ms. */
   readonly commandTimeoutMs?: number
   /** How long a connection attempt may take. Default 2,000 ms. */
@@ -73,7 +99,7 @@ type Reply = readonly unknown[] | Error
 /** Queues the commands of one entry. */
 type Queue<E> = (pipeline: ChainableCommander, entry: E) => void
 
-export class RedisTier implements CacheTier, AsyncDisposable {
+export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
   readonly name = 'redis'
   readonly counters: RedisCounters = { hits: 0, misses: 0, errors: 0, timeouts: 0, corrupt: 0, roundTrips: 0 }
   readonly #client: Redis | Cluster
@@ -81,6 +107,7 @@ export class RedisTier implements CacheTier, AsyncDisposable {
   readonly #now: () => number
   readonly #random: () => number
   readonly #ttlMs: number
+  readonly #lockTtlMs: number
   readonly #jitter: number
   readonly #onStateChange: (state: 'ready' | 'down', reason: string) => void
   readonly #settled = Promise.withResolvers<'ready' | 'down'>()
@@ -94,6 +121,7 @@ export class RedisTier implements CacheTier, AsyncDisposable {
     this.#now = options.now
     this.#random = options.random
     this.#ttlMs = options.ttlMs ?? 300_000
+    this.#lockTtlMs = options.lockTtlMs ?? 2_000
     this.#jitter = options.jitter ?? 0.1
     this.#onStateChange = options.onStateChange ?? (() => {})
     this.#client = connect(
@@ -154,6 +182,37 @@ export class RedisTier implements CacheTier, AsyncDisposable {
     })
   }
 
+  /**
+   * As in the port. What has failed is asked once more, with the same token: a busy process may give a command up whose
+   * reply has come, and would then load for itself what others are waiting for it to load.
+   */
+  async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
+    const ask = (asking: readonly LockClaim[]) =>
+      this.#runLocks(tenant, asking, (pipeline, { key, token }) => {
+        pipeline.takeLock(key, token, this.#lockTtlMs)
+      })
+    const replyTo = (replies: ReadonlyMap<string, Reply>, { id }: LockClaim) =>
+      replies.get(lockKey(this.#prefix, tenant, id))
+    const first = await ask(claims)
+    const failed = claims.filter((claim) => replyTo(first, claim) instanceof Error)
+    const second = failed.length > 0 ? await ask(failed) : first
+    return new Map(
+      claims.map((claim) => [claim.id, lockState(replyTo(second, claim) ?? replyTo(first, claim))]),
+    )
+  }
+
+  async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
+    await this.#runLocks(tenant, claims, (pipeline, { key, token }) => {
+      pipeline.renewLock(key, token, this.#lockTtlMs)
+    })
+  }
+
+  async release(tenant: string, claim: LockClaim, openMs: number): Promise<void> {
+    await this.#runLocks(tenant, [claim], (pipeline, { key, token }) => {
+      pipeline.releaseLock(key, token, Math.round(openMs))
+    })
+  }
+
   /** As in the port. Reading the value is the only way to its as-of, and Redis's own recency sees it. */
   async inspect(tenant: string, id: string): Promise<Inspection> {
     if (this.#client.status !== 'ready') return { present: false, skipped: 'down' }
@@ -191,6 +250,16 @@ export class RedisTier implements CacheTier, AsyncDisposable {
     this.#onStateChange(state, reason)
   }
 
+  #runLocks(
+    tenant: string,
+    claims: readonly LockClaim[],
+    queue: Queue<Keyed & Pick<LockClaim, 'token'>>,
+  ): Promise<ReadonlyMap<string, Reply>> {
+    if (this.#client.status !== 'ready') return Promise.resolve(new Map())
+    const entries = claims.map(({ id, token }) => ({ token, key: lockKey(this.#prefix, tenant, id) }))
+    return this.#run(entries, 1, queue)
+  }
+
   #nextTtlMs(): number {
     const ttlMs = this.#ttlMs * (1 + this.#jitter * (2 * this.#random() - 1))
     return Math.min(Math.max(Math.round(ttlMs), 1), MAX_TTL_MS)
@@ -220,7 +289,7 @@ export class RedisTier implements CacheTier, AsyncDisposable {
     await Promise.all(batches.map((batch) => this.#pipeline(batch, width, queue, replies)))
     if (this.#client.isCluster) {
       // ioredis follows a redirection (slots that moved) only when all of a pipeline is redirected alike, which
-      // holds for one key. Reads and the store script may both be repeated.
+      // holds for one key. Reads and the scripts may all be repeated.
       const failed = entries.filter(({ key }) => {
         const reply = replies.get(key)
         return reply instanceof Error && reply.message !== TIMED_OUT && !isWrongType(reply)
@@ -300,6 +369,13 @@ function isWrongType(error: Error): boolean {
   return error.message.startsWith('WRONGTYPE')
 }
 
+/** Whatever is no answer keeps nobody from loading. */
+function lockState(reply: Reply | undefined): LockState {
+  const answer = reply instanceof Error ? undefined : reply?.[0]
+  if (typeof answer !== 'number' || answer === LOCK_IS_OPEN) return 'free'
+  return answer === LOCK_IS_OURS ? 'ours' : answer
+}
+
 const keepName: DNSLookupFunction = (host, done) => done(null, host)
 
 function connect(
@@ -330,7 +406,12 @@ function connect(
     // RESP2 says all that is needed here, and every server and proxy speaks it.
     protocol: 2,
   } satisfies CommonRedisOptions & { disconnectTimeout: number }
-  const scripts = { storeCopy: { lua: STORE_SCRIPT, numberOfKeys: 1 } }
+  const scripts = {
+    storeCopy: { lua: STORE_SCRIPT, numberOfKeys: 1 },
+    takeLock: { lua: LOCK_SCRIPT, numberOfKeys: 1 },
+    renewLock: { lua: RENEW_SCRIPT, numberOfKeys: 1 },
+    releaseLock: { lua: RELEASE_SCRIPT, numberOfKeys: 1 },
+  }
 
   if (target.nodes.length > 1) {
     const cluster = {

@@ -72,6 +72,35 @@ export interface CacheTier {
   inspect(tenant: string, id: string): Promise<Inspection>
 }
 
+/**
+ * What asking for the lock of a key gave.
+ *
+ * - `ours`: everybody else waits until it is released, or its time is over.
+ * - `free`: nobody need wait. The last holder failed just now, or it is not known who holds the lock: the tier does not
+ *   answer. It may be ours all the same, so it is renewed and released as if it were.
+ * - a number: another one holds it, for so many milliseconds at most unless it is renewed.
+ */
+export type LockState = 'ours' | 'free' | number
+
+/** One who asks for a key's lock. The token is its own: random, and used for nobody else. */
+export interface LockClaim {
+  readonly id: string
+  readonly token: string
+}
+
+/**
+ * Locks that instances share, so that one of them loads a key and the others wait. They save work and prove nothing:
+ * whoever does not get one may load all the same. Never throws.
+ */
+export interface LoadLocks {
+  /** A state for every claim. Asking again with the same token is harmless. */
+  acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>>
+  /** Makes the locks last for their full time again, where they are still the claims' own. */
+  renew(tenant: string, claims: readonly LockClaim[]): Promise<void>
+  /** Gives up a lock that is still the claim's own. For `openMs` after a failure, nobody waits for the next one. */
+  release(tenant: string, claim: LockClaim, openMs: number): Promise<void>
+}
+
 /** What PostgreSQL knows of an id at `asOf`. */
 export interface Snapshot {
   readonly id: string
@@ -194,7 +223,7 @@ export interface OriginTier {
   readonly name: 'origin'
   /** Whether the catalogue can know the id at all: `^[1-9][0-9]{0,9}$`. Others are never sent to it. */
   serves(id: string): boolean
-  /** `undefined`: the catalogue definitely has no such item. */
+  /** `undefined`: the catalogue definitely has no such item. A signal that aborts ends the request. */
   fetch(id: string, signal?: AbortSignal): Promise<ItemDraft | undefined>
 }
 

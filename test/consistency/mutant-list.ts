@@ -24,6 +24,8 @@ export interface Mutant {
 const VIEW = 'src/invalidation/view.ts'
 const TAIL = 'src/invalidation/tail.ts'
 const READ = 'src/service/read.ts'
+const LOAD = 'src/service/load.ts'
+const FLIGHTS = 'src/service/flights.ts'
 const WRITE = 'src/service/write.ts'
 const POSTGRES = 'src/tiers/postgres.ts'
 const STREAMS = 'src/invalidation/subscriptions.ts'
@@ -56,8 +58,8 @@ const SLOW_APPLICATION: readonly Edit[] = [
 /** Slow load: many readers of a key meet in one flight. */
 const SLOW_READS: Edit = {
   file: POSTGRES,
-  find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(READ, [tenant, ids], signal))',
-  put: `const answer = await this.#ask<DatedRow>(READ, [tenant, ids], signal)
+  find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))',
+  put: `const answer = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
     await sleep(this.#random() * 150)
     return snapshotsOf(ids, answer)`,
 }
@@ -318,7 +320,7 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'stored-iff-it-passes',
     rule: 'A result is stored iff it passes on arrival',
-    edits: [{ file: READ, find: `if (view.judge(copy) !== 'current' || `, put: 'if (' }],
+    edits: [{ file: LOAD, find: `if (view.judge(copy) !== 'current' || `, put: 'if (' }],
     amplifiers: [SLOW_READS],
     profile: calm({ env: { ITEMCACHE_MEMORY_MAX_ENTRIES: '2' }, workload: { update: 20, fresh: 10 } }),
   },
@@ -349,7 +351,7 @@ export const MUTANTS: readonly Mutant[] = [
     rule: 'A retry starts its own flight instead of joining one that has left',
     edits: [
       {
-        file: READ,
+        file: FLIGHTS,
         find: `if (under !== undefined && (route === 'cached' || under.sentAt === undefined)) {`,
         put: 'if (under !== undefined) {',
       },
@@ -501,7 +503,7 @@ export const MUTANTS: readonly Mutant[] = [
     rule: 'A copy from Redis must pass the rule',
     edits: [
       {
-        file: READ,
+        file: LOAD,
         find: `const passes = view.hasHeard(now) && view.judge(copy) === 'current'`,
         put: 'const passes = true',
       },
@@ -517,7 +519,7 @@ export const MUTANTS: readonly Mutant[] = [
     rule: 'A copy from Redis is not current when the log is silent',
     edits: [
       {
-        file: READ,
+        file: LOAD,
         find: `const passes = view.hasHeard(now) && view.judge(copy) === 'current'`,
         put: `const passes = view.judge(copy) === 'current'`,
       },

@@ -13,6 +13,7 @@ import {
 import { freshDatabase, freshPostgres, freshRedis } from '../support/servers.ts'
 import { startService, type TestService } from '../support/service.ts'
 
+const GET_ITEM = 'itemcache.v1.ItemCacheService/GetItem'
 const seconds = (n: number) => ({ seconds: BigInt(n), nanos: 0 })
 
 describe('a read', () => {
@@ -239,6 +240,7 @@ describe('concurrent readers', () => {
   test('are not bound to a failure: the next read tries again', async () => {
     let broken = true
     await using service = await startService({
+      env: { ITEMCACHE_FAILURE_TTL: '0s' },
       catalogue: {
         intercept: (_, response) => {
           if (!broken) return false
@@ -252,6 +254,92 @@ describe('concurrent readers', () => {
     expect(failed.retry?.retryDelay).toBeDefined()
     broken = false
     expect((await service.client.call('getItem', { id: '1' })).result.case).toBe('item')
+  })
+})
+
+describe('a load', () => {
+  test('is cancelled in the origin when nobody waits for it any more, and only then', async () => {
+    const asked: PromiseWithResolvers<() => boolean>[] = [Promise.withResolvers(), Promise.withResolvers()]
+    let requests = 0
+    await using service = await startService({
+      catalogue: {
+        intercept: (_, response) => {
+          asked[requests++]?.resolve(() => response.destroyed)
+          return true
+        },
+      },
+    })
+    const cancelled = { code: status.CANCELLED }
+    const [first, second] = [new AbortController(), new AbortController()]
+    const reading = [first, second].map(({ signal }) =>
+      service.client.failure('getItem', { id: '1' }, { signal }),
+    )
+    const isGone = await asked[0]?.promise
+    await expect.poll(() => service.app.metrics.rpc(GET_ITEM).started).toBe(2)
+    first.abort()
+    expect(await reading[0]).toMatchObject(cancelled)
+    expect(isGone?.()).toBe(false)
+    second.abort()
+    expect(await reading[1]).toMatchObject(cancelled)
+    await expect.poll(() => isGone?.()).toBe(true)
+    // The next reader starts another one, and is not told of a failure.
+    const third = service.client.failure('getItem', { id: '1' }, { timeoutMs: 500 })
+    await asked[1]?.promise
+    expect(await third).toMatchObject({ code: status.DEADLINE_EXCEEDED })
+    expect(service.app.metrics.snapshot().tiers.origin.errors).toBe(0)
+  })
+})
+
+describe('an origin that fails', () => {
+  test('is not asked again for the same item for a moment, and the others are', async () => {
+    let broken = true
+    await using service = await startService({
+      env: { ITEMCACHE_FAILURE_TTL: '4s' },
+      catalogue: {
+        intercept: (_, response) => {
+          if (broken) response.writeHead(403).end()
+          return broken
+        },
+      },
+    })
+    const failed = await service.client.failure('getItem', { id: '1' })
+    expect(failed).toMatchObject({ code: status.UNAVAILABLE, info: { reason: 'ORIGIN_STATUS' } })
+    const again = await service.client.failure('getItem', { id: '1' })
+    expect(again).toMatchObject({ code: status.UNAVAILABLE, info: { reason: 'ORIGIN_STATUS' } })
+    expect(again.retry?.retryDelay?.seconds).toBeLessThan(4n)
+    expect(service.catalogue.requests.get('/products/1')).toBe(1)
+    broken = false
+    expect((await service.client.call('getItem', { id: '2' })).result.case).toBe('item')
+    await expect
+      .poll(() => service.client.call('getItem', { id: '1' }).catch(() => undefined), { timeout: 10_000 })
+      .toMatchObject({ result: { case: 'item' } })
+    expect(service.catalogue.requests.get('/products/1')).toBe(2)
+  })
+
+  test('keeps nobody from an item that another instance has loaded meanwhile', async () => {
+    await using broken = await startService({
+      env: { ITEMCACHE_FAILURE_TTL: '60s', REDIS_URL: 'off' },
+      catalogue: { intercept: (_, response) => response.writeHead(403).end() !== undefined },
+    })
+    expect((await broken.client.failure('getItem', { id: '1' })).code).toBe(status.UNAVAILABLE)
+    await using other = await startService({ databaseUrl: broken.databaseUrl, env: { REDIS_URL: 'off' } })
+    await other.client.call('getItem', { id: '1' })
+    expect((await broken.client.call('getItem', { id: '1' })).cache?.tier).toBe(Tier.POSTGRES)
+  })
+})
+
+describe('a copy that is read often', () => {
+  test('is refreshed before its time is over, so that nobody finds it stale', async () => {
+    await using service = await startService({
+      // So eager, with such draws, that a hit in the last second of its life refreshes it.
+      env: { ITEMCACHE_FRESH_FOR: '4s', ITEMCACHE_EARLY_REFRESH: '1000' },
+      app: { random: () => 1 - 1e-6 },
+    })
+    const get = async () => (await service.client.call('getItem', { id: '1' })).cache
+    await get()
+    const outcomes = new Set<CacheOutcome | undefined>()
+    while (service.app.metrics.refreshesOk < 2) outcomes.add((await get())?.outcome)
+    expect([...outcomes]).toEqual([CacheOutcome.HIT])
   })
 })
 

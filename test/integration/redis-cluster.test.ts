@@ -139,6 +139,16 @@ test('a batch is spread over all nodes of a cluster and read in pipelines of one
   expect(tier.counters).toMatchObject({ errors: before.errors, timeouts: 0, corrupt: 0, misses: 0 })
 })
 
+test('locks work in a cluster, whatever nodes they are on', async () => {
+  const claims = Array.from({ length: 100 }, (_, index) => ({ id: `locked-${index}`, token: 'mine' }))
+  expect(new Set((await tier.acquire('t', claims)).values())).toEqual(new Set(['ours']))
+  const others = claims.map(({ id }) => ({ id, token: 'yours' }))
+  for (const state of (await tier.acquire('t', others)).values()) expect(state).toBeTypeOf('number')
+  await tier.renew('t', claims)
+  await Promise.all(claims.map((claim) => tier.release('t', claim, 0)))
+  expect(new Set((await tier.acquire('t', others)).values())).toEqual(new Set(['ours']))
+})
+
 test('an older copy replaces no newer one in a cluster either', async () => {
   await tier.store('t', [copyOf('order', 5)])
   await tier.store('t', [copyOf('order', 4)])

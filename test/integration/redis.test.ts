@@ -6,7 +6,7 @@ import { createServer as createTlsServer } from 'node:tls'
 import { Redis } from 'ioredis'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { REDIS_OFF, RedisTier, type RedisTierOptions } from '../../src/tiers/redis.ts'
-import { redisKey } from '../../src/tiers/redis-format.ts'
+import { lockKey, redisKey } from '../../src/tiers/redis-format.ts'
 import { parseRedisUrl } from '../../src/tiers/redis-url.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
 import { freshRedis, type OwnServer } from '../support/servers.ts'
@@ -97,6 +97,69 @@ async function proxy(url: string, tls?: { readonly cert: string; readonly key: s
     },
   }
 }
+
+describe('a lock', () => {
+  const claim = (id: string, token: string) => ({ id, token })
+  const takes = async ({ tier }: Awaited<ReturnType<typeof tierAt>>, id: string, token: string) =>
+    (await tier.acquire('t', [claim(id, token)])).get(id)
+  let redis: OwnServer
+  beforeAll(async () => {
+    redis = await freshRedis()
+  })
+  afterAll(() => redis[Symbol.asyncDispose]())
+
+  test('belongs to one token until that gives it up, and is given to the same token again', async () => {
+    await using one = await tierAt(redis.url)
+    await using two = await tierAt(redis.url)
+    const states = await one.tier.acquire('t', [claim('1', 'mine'), claim('2', 'mine, too')])
+    expect([...states]).toEqual([
+      ['1', 'ours'],
+      ['2', 'ours'],
+    ])
+    expect(await takes(two, '1', 'yours')).toBeGreaterThan(0)
+    expect(await takes(two, '1', 'yours')).toBeLessThanOrEqual(2_000)
+    expect(await takes(one, '1', 'mine')).toBe('ours')
+    await two.tier.release('t', claim('1', 'yours'), 0)
+    expect(await takes(two, '1', 'yours')).toBeTypeOf('number')
+    await one.tier.release('t', claim('1', 'mine'), 0)
+    expect(await takes(two, '1', 'yours')).toBe('ours')
+    // Another tenant, another lock.
+    expect((await one.tier.acquire('other', [claim('1', 'mine')])).get('1')).toBe('ours')
+  })
+
+  test('ends by itself unless its own token renews it', async () => {
+    await using one = await tierAt(redis.url, { lockTtlMs: 60_000 })
+    await using short = await tierAt(redis.url, { lockTtlMs: 50 })
+    await takes(one, 'renewed', 'mine')
+    // Whoever renews for another token changes nothing; the own token's renewal says how long from now.
+    await short.tier.renew('t', [claim('renewed', 'yours')])
+    expect(await takes(short, 'renewed', 'yours')).toBeGreaterThan(50_000)
+    await short.tier.renew('t', [claim('renewed', 'mine')])
+    expect(await takes(one, 'renewed', 'yours')).toSatisfy((state) => state === 'ours' || Number(state) <= 50)
+    await expect.poll(() => takes(one, 'renewed', 'yours')).toBe('ours')
+  })
+
+  test('stays open for a while after a failure', async () => {
+    await using one = await tierAt(redis.url)
+    await takes(one, 'failed', 'mine')
+    await one.tier.release('t', claim('failed', 'mine'), 60_000)
+    expect(await takes(one, 'failed', 'yours')).toBe('free')
+    expect(await takes(one, 'failed', 'theirs')).toBe('free')
+  })
+
+  test('keeps nobody waiting when it has no end, or is no lock at all, or Redis does not answer', async () => {
+    await using one = await tierAt(redis.url)
+    using client = raw(redis.url)
+    await client.set(lockKey('test', 't', 'endless'), 'somebody')
+    expect(await takes(one, 'endless', 'mine')).toBe('ours')
+    await client.lpush(lockKey('test', 't', 'list'), 'x')
+    expect(await takes(one, 'list', 'mine')).toBe('free')
+    await redis.kill()
+    expect(await takes(one, '9', 'mine')).toBe('free')
+    await one.tier.renew('t', [claim('9', 'mine')])
+    await one.tier.release('t', claim('9', 'mine'), 0)
+  })
+})
 
 describe('while Redis runs', () => {
   let redis: OwnServer

@@ -6,12 +6,19 @@
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
-import { Tail } from '../../src/invalidation/tail.ts'
+import { Tail, untilAborted } from '../../src/invalidation/tail.ts'
 import type { LogRow } from '../../src/invalidation/view.ts'
+import type { ItemDraft } from '../../src/item.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import { Probe } from '../../src/service/probe.ts'
-import { type Answer, DEFAULT_READ, Reader, type ReadOptions } from '../../src/service/read.ts'
+import {
+  type Answer,
+  DEFAULT_READ,
+  Reader,
+  type ReaderOptions,
+  type ReadOptions,
+} from '../../src/service/read.ts'
 import { type Write, Writer } from '../../src/service/write.ts'
 import { MemoryTier } from '../../src/tiers/memory.ts'
 import type {
@@ -19,10 +26,13 @@ import type {
   Copy,
   InvalidationMode,
   InvalidationTarget,
+  LoadLocks,
+  LockState,
   LogEntry,
   LogListener,
   LogPage,
   LogSource,
+  OriginTier,
   Revision,
   Snapshot,
   StoreTier,
@@ -34,6 +44,8 @@ const IDS = ['a', 'b'] as const
 type Id = (typeof IDS)[number]
 const TAGS = ['t', 'u'] as const
 const NEVER_MS = 2 ** 30
+/** Longer than any pause between two looks. */
+const PAUSE_MS = 100
 
 /** Resolves when the scheduler says so. */
 type Gate = (what: string) => Promise<void>
@@ -49,7 +61,7 @@ class Database implements StoreTier, LogSource {
   readonly #rows: LogEntry[] = []
   /** `tags` are `undefined` when the item was deleted. */
   readonly #changes: { id: string; revision: Revision; tags: readonly string[] | undefined }[] = []
-  #listener: LogListener | undefined
+  readonly #listeners: LogListener[] = []
 
   constructor(gate: Gate) {
     this.#gate = gate
@@ -75,7 +87,9 @@ class Database implements StoreTier, LogSource {
   commit(row: Omit<LogRow, 'revision'>): Revision {
     const revision = this.revision + 1
     this.#rows.push({ ...row, revision, committedAtMs: 0, ageMs: 0, writer: '' })
-    void this.#gate('notification').then(() => this.#listener?.changed(TENANT))
+    void this.#gate('notification').then(() => {
+      for (const listener of this.#listeners) listener.changed(TENANT)
+    })
     return revision
   }
 
@@ -117,6 +131,17 @@ class Database implements StoreTier, LogSource {
     return revision
   }
 
+  async insertLoaded(
+    _: string,
+    loaded: ReadonlyMap<string, unknown>,
+  ): Promise<ReadonlyMap<string, Snapshot>> {
+    const ids = [...loaded.keys()]
+    await this.#gate(`insert ${ids}`)
+    for (const of of ids) if (this.at(of, this.revision).state === 'unknown') this.put(of, [])
+    await this.#gate(`inserted ${ids}`)
+    return this.read('', ids)
+  }
+
   seen(): void {}
 
   async outcomeOf(): Promise<undefined> {}
@@ -130,7 +155,7 @@ class Database implements StoreTier, LogSource {
   }
 
   async listen(listener: LogListener): Promise<AsyncDisposable> {
-    this.#listener = listener
+    this.#listeners.push(listener)
     return { [Symbol.asyncDispose]: async () => {} }
   }
 
@@ -154,7 +179,6 @@ class Database implements StoreTier, LogSource {
   trim = unused
   list = unused
   create = unused
-  insertLoaded = unused
   refetched = unused
   inspect = unused
   ping = unused
@@ -190,6 +214,35 @@ function gatedRedis(copies: MemoryTier, gate: Gate): CacheTier {
   }
 }
 
+/** Locks that are given and taken late, like everything else. What is lost is as if their time were over. */
+class Locks implements LoadLocks {
+  readonly held = new Map<string, string>()
+  readonly #gate: Gate
+
+  constructor(gate: Gate) {
+    this.#gate = gate
+  }
+
+  async acquire(_: string, claims: readonly { id: string; token: string }[]) {
+    await this.#gate('lock')
+    const states = new Map<string, LockState>()
+    for (const { id, token } of claims) {
+      const holder = this.held.get(id) ?? token
+      this.held.set(id, holder)
+      states.set(id, holder === token ? 'ours' : NEVER_MS)
+    }
+    await this.#gate('lock answered')
+    return states
+  }
+
+  async release(_: string, { id, token }: { id: string; token: string }) {
+    await this.#gate('unlock')
+    if (this.held.get(id) === token) this.held.delete(id)
+  }
+
+  async renew() {}
+}
+
 /** Notes which copies were stored that do not pass. */
 class WatchedMemory extends MemoryTier {
   readonly unfit: Copy[] = []
@@ -201,14 +254,33 @@ class WatchedMemory extends MemoryTier {
   }
 }
 
-function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
+/** What instances have in common. */
+function surroundings(gate: Gate) {
+  const options = { maxBytes: 1e6, maxStaleMs: NEVER_MS, now: () => 0, random: () => 0 }
+  const origin: OriginTier | undefined = undefined
+  return {
+    postgres: new Database(gate),
+    shared: new MemoryTier({ ...options, maxEntries: 100 }),
+    locks: new Locks(gate),
+    origin: origin as OriginTier | undefined,
+  }
+}
+
+function instance(
+  gate: Gate,
+  {
+    maxFloors = 1000,
+    maxEntries = 100,
+    around = surroundings(gate),
+    settings = {} as Partial<ReaderOptions>,
+  } = {},
+) {
   const clock = { nowMs: 0 }
   const now = () => clock.nowMs
   const random = () => 0
-  const options = { maxBytes: 1e6, maxStaleMs: NEVER_MS, now, random }
+  const options = { maxBytes: 1e6, maxStaleMs: settings.maxStaleMs ?? NEVER_MS, now, random }
   const memory = new WatchedMemory({ ...options, maxEntries })
-  const shared = new MemoryTier({ ...options, maxEntries: 100 })
-  const postgres = new Database(gate)
+  const { postgres, shared, locks, origin } = around
   const metrics = new Metrics({ methods: [] })
   const log = createLogger({ level: 'silent', version: '0' })
   const tail = new Tail({
@@ -227,18 +299,24 @@ function instance(gate: Gate, { maxFloors = 1000, maxEntries = 100 } = {}) {
   if (maxFloors > IDS.length) memory.passes = (copy) => tail.raising(TENANT)?.judge(copy) === 'current'
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: 0 })
   const redis = gatedRedis(shared, gate)
-  const parts = { memory, redis, postgres, origin: undefined, tail, probe, metrics }
+  const parts = { memory, redis, postgres, origin, locks, tail, probe, metrics }
   const reader = new Reader(parts, {
     freshForMs: NEVER_MS,
     negativeTtlMs: NEVER_MS,
     jitter: 0,
     maxStaleMs: NEVER_MS,
     softTimeoutMs: NEVER_MS,
+    refreshTimeoutMs: NEVER_MS,
+    failureTtlMs: 0,
+    lockTtlMs: NEVER_MS,
+    earlyRefresh: 0,
+    rolloutPercent: 100,
     now,
     random,
+    ...settings,
   })
-  const writer = new Writer({ reader, postgres, origin: undefined, tail })
-  return { clock, memory, shared, postgres, metrics, tail, reader, writer }
+  const writer = new Writer({ reader, postgres, origin, tail })
+  return { clock, memory, shared, locks, postgres, metrics, tail, reader, writer }
 }
 
 type Instance = ReturnType<typeof instance>
@@ -281,6 +359,8 @@ class Schedule implements AsyncDisposable {
     }
     work.then(end, end)
     for (let idle = 0; !done; check()) {
+      // Who waits for another instance looks again after a while.
+      if (this.#scheduler.count() === 0) vi.advanceTimersByTime(PAUSE_MS)
       if (this.#scheduler.count() === 0 || this.#turns.next().value === true) await turn()
       if (this.#scheduler.count() > 0) {
         await this.#scheduler.waitOne()
@@ -316,7 +396,13 @@ const READS = {
 } as const satisfies Record<string, Partial<ReadOptions>>
 
 type Op =
-  | { readonly op: 'read'; readonly id: Id; readonly as: keyof typeof READS | 'at-least' }
+  | {
+      readonly op: 'read'
+      readonly id: Id
+      readonly as: keyof typeof READS | 'at-least'
+      /** The caller may go away before there is an answer. */
+      readonly leaves: boolean
+    }
   | { readonly op: 'update' | 'delete'; readonly id: Id }
   | { readonly op: 'foreign'; readonly id: Id; readonly tags: readonly string[] }
   | {
@@ -325,6 +411,8 @@ type Op =
       readonly mode: InvalidationMode
     }
   | { readonly op: 'silence' | 'tick' | 'fail' }
+  /** Another instance has a lock, or loses it. */
+  | { readonly op: 'lock' | 'unlock'; readonly id: Id }
 
 // Most of it happens to one item.
 const id = fc.oneof({ weight: 4, arbitrary: fc.constant('a' as const) }, fc.constantFrom(...IDS))
@@ -338,9 +426,11 @@ const as = fc.oneof(
   { weight: 3, arbitrary: fc.constant('default' as const) },
   fc.constantFrom('strict', 'fresh', 'verified', 'cached', 'at-least' as const),
 )
+const leaves = fc.integer({ min: 0, max: 3 }).map((one) => one === 0)
 const weighted = (failures: number): fc.Arbitrary<Op> =>
   fc.oneof(
-    { weight: 8, arbitrary: fc.record({ op: fc.constant('read' as const), id, as }) },
+    { weight: 8, arbitrary: fc.record({ op: fc.constant('read' as const), id, as, leaves }) },
+    { weight: 2, arbitrary: fc.record({ op: fc.constantFrom('lock', 'unlock'), id }) },
     { weight: 2, arbitrary: fc.record({ op: fc.constantFrom('update', 'delete'), id }) },
     { weight: 2, arbitrary: fc.record({ op: fc.constant('foreign' as const), id, tags }) },
     {
@@ -379,15 +469,18 @@ class History {
   /** What was committed so long ago that every instance must know of it. */
   #beforeSilence: Revision = 0
 
-  constructor(of: Instance) {
+  readonly #gate: Gate
+
+  constructor(of: Instance, gate: Gate) {
     this.#instance = of
+    this.#gate = gate
   }
 
   async run(one: Op): Promise<void> {
     const { writer, postgres, clock } = this.#instance
     switch (one.op) {
       case 'read':
-        return this.#read(one.id, one.as)
+        return this.#read(one.id, one.as, one.leaves)
       case 'update':
       case 'delete': {
         const precondition = { etag: '', allowMissing: true }
@@ -419,6 +512,12 @@ class History {
         // The tail asks again by itself after a change.
         vi.advanceTimersByTime(10)
         return
+      case 'lock':
+        this.#instance.locks.held.set(one.id, 'another instance')
+        return
+      case 'unlock':
+        this.#instance.locks.held.delete(one.id)
+        return
       case 'fail':
         postgres.failing++
     }
@@ -431,7 +530,7 @@ class History {
     return IDS.filter((one) => postgres.at(one, revision).tags.some((tag) => target.tags.includes(tag)))
   }
 
-  async #read(of: Id, as: keyof typeof READS | 'at-least'): Promise<void> {
+  async #read(of: Id, as: keyof typeof READS | 'at-least', leaves: boolean): Promise<void> {
     const { reader, postgres, tail } = this.#instance
     const [written, expired, removed] = [this.#written.get(of), this.#expired.get(of), this.#removed.get(of)]
     const [shown, committed] = [this.#shown.get(of), postgres.revision]
@@ -439,10 +538,14 @@ class History {
     const old = postgres.at(of, this.#beforeSilence).revision
     const minRevision = as === 'at-least' ? committed : 0
     const options: ReadOptions = { ...DEFAULT_READ, ...(as === 'at-least' ? { minRevision } : READS[as]) }
+    const caller = new AbortController()
+    const gone = new ItemCacheError('cancelled', 'the caller cancelled')
+    if (leaves) void this.#gate('leave').then(() => caller.abort(gone))
     let answer: Answer
     try {
-      answer = await reader.read(TENANT, of, options, signal)
+      answer = await reader.read(TENANT, of, options, caller.signal)
     } catch (error) {
+      if (error === gone) return
       if (error instanceof ItemCacheError && error.code === 'unavailable') return
       throw error
     }
@@ -501,7 +604,7 @@ describe('whatever the order in which answers arrive', () => {
         await using steps = scheduled
         await tail.start()
         for (const of of IDS) tested.postgres.put(of, ['t'])
-        const history = new History(tested)
+        const history = new History(tested, steps.gate)
         const running = list.map(async (one) => {
           await steps.gate(JSON.stringify(one))
           await history.run(one)
@@ -574,10 +677,42 @@ describe('readers of one key at the same time', () => {
           if (outcome.status === 'rejected') expect(outcome.reason).toBe(gone)
           if (!leaves[i]) expect(outcome.status).toBe('fulfilled')
         }
-        expect(postgres.selects.get('a') ?? 0).toBeLessThanOrEqual(1)
+        // Only a load that all have left is done again.
+        const left = leaves.filter(Boolean).length
+        expect(postgres.selects.get('a') ?? 0).toBeLessThanOrEqual(left + 1)
+        if (left === 0) expect(postgres.selects.get('a')).toBe(1)
       }),
       { numRuns: 300 },
     )
+  })
+
+  test('that all leave take the load along, and it leaves nothing behind', async () => {
+    const { promise: opened, resolve: open } = Promise.withResolvers<void>()
+    const signals: (AbortSignal | undefined)[] = []
+    const { reader, postgres, memory, metrics, tail } = instance(async () => {})
+    await using _tail = tail
+    postgres.put('a', [])
+    const select = postgres.read.bind(postgres)
+    postgres.read = async (tenant, ids, until?: AbortSignal) => {
+      signals.push(until)
+      await untilAborted(opened, until ?? signal)
+      return select(tenant, ids)
+    }
+    const callers = [new AbortController(), new AbortController()]
+    const reading = callers.map((caller) => patient(reader, 'a', caller.signal))
+    while (signals.length === 0) await turn()
+    callers[0]?.abort(new ItemCacheError('timeout', 'the deadline has passed'))
+    await expect(reading[0]).rejects.toMatchObject({ code: 'timeout' })
+    expect(signals[0]?.aborted).toBe(false)
+    callers[1]?.abort(new ItemCacheError('cancelled', 'the caller cancelled'))
+    await expect(reading[1]).rejects.toMatchObject({ code: 'cancelled' })
+    expect(signals[0]?.aborted).toBe(true)
+    await reader.settled()
+    expect(metrics.tiers.postgres.errors).toBe(0)
+    expect(memory.peek(TENANT, 'a')).toBeUndefined()
+    open()
+    expect(await patient(reader, 'a')).toMatchObject({ outcome: 'MISS', coalesced: false })
+    expect(signals).toHaveLength(2)
   })
 
   test('share a failure, and the next one tries again', async () => {
@@ -632,6 +767,209 @@ describe('readers of one key at the same time', () => {
     // What came late is not kept over what came before.
     const third = await patient(reader, 'a')
     expect(third).toMatchObject({ outcome: 'HIT', copy: { asOf: 2 } })
+  })
+})
+
+describe('two instances with readers of one item that only the origin has', () => {
+  const plan = fc.record({
+    /** For each reader the instance, and whether it goes away. */
+    readers: fc.array(fc.record({ at: fc.constantFrom(0, 1), leaves: fc.boolean() }), {
+      minLength: 1,
+      maxLength: 8,
+    }),
+    /** How often a lock's time is over while its holder lives. */
+    losses: fc.integer({ min: 0, max: 2 }),
+  })
+
+  test('it is fetched once, and once more at most for each lock that is lost and each reader who leaves', async () => {
+    await fc.assert(
+      fc.asyncProperty(schedule, plan, async (scheduled, { readers, losses }) => {
+        const around = surroundings(scheduled.gate)
+        let fetches = 0
+        around.origin = {
+          name: 'origin',
+          serves: () => true,
+          fetch: async (_, until) => {
+            fetches++
+            await untilAborted(scheduled.gate('fetch'), until ?? signal)
+            return DRAFT
+          },
+        }
+        const tested = [instance(scheduled.gate, { around }), instance(scheduled.gate, { around })]
+        await using _one = tested[0]?.tail
+        await using _two = tested[1]?.tail
+        await using steps = scheduled
+        for (const { tail } of tested) await tail.start()
+        const gone = new ItemCacheError('cancelled', 'the caller cancelled')
+        const reading = readers.map(async ({ at, leaves }) => {
+          const caller = new AbortController()
+          await steps.gate('read')
+          if (leaves) void steps.gate('leave').then(() => caller.abort(gone))
+          return tested[at]?.reader.read(TENANT, '1', DEFAULT_READ, caller.signal) as Promise<Answer>
+        })
+        for (let lost = 0; lost < losses; lost++)
+          void steps.gate('loss').then(() => around.locks.held.clear())
+        const outcomes = await steps.untilDone(Promise.allSettled(reading))
+        const left = readers.filter(({ leaves }) => leaves).length
+        for (const [i, outcome] of outcomes.entries()) {
+          if (outcome.status === 'fulfilled') expect(outcome.value.copy?.bytes).toEqual(Uint8Array.of(1))
+          else expect([readers[i]?.leaves, outcome.reason]).toEqual([true, gone])
+        }
+        expect(fetches).toBeLessThanOrEqual(1 + losses + left)
+        // Whatever happened to the locks, nobody holds one when all is over.
+        await steps.untilQuiet()
+        expect(around.locks.held.size).toBe(0)
+      }),
+      { numRuns: 500 },
+    )
+  })
+})
+
+const DRAFT: ItemDraft = {
+  title: 'A thing',
+  description: '',
+  category: '',
+  imageUri: '',
+  price: undefined,
+  rating: undefined,
+  tags: [],
+  attributes: undefined,
+}
+
+describe('a load behind an answer', () => {
+  /** Holds the rows of SELECTs while it is shut. */
+  function door() {
+    let shut = false
+    let opened = Promise.withResolvers<void>()
+    const gate: Gate = async (what) => {
+      if (shut && what.startsWith('rows')) await opened.promise
+    }
+    return {
+      gate,
+      shut: () => {
+        shut = true
+        opened = Promise.withResolvers()
+      },
+      open: () => {
+        shut = false
+        opened.resolve()
+      },
+    }
+  }
+  const read = ({ reader }: Instance) => reader.read(TENANT, 'a', DEFAULT_READ, signal)
+  const selected = async ({ postgres }: Instance, times: number) => {
+    while ((postgres.selects.get('a') ?? 0) < times) await turn()
+  }
+
+  test('is one for all, ends after its own time when nobody comes, and the next answer starts another', async () => {
+    const { gate, shut, open } = door()
+    const tested = instance(gate, { settings: { freshForMs: 1000, refreshTimeoutMs: 5000 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    tested.clock.nowMs = 1001
+    shut()
+    for (let n = 0; n < 10; n++) {
+      expect(await read(tested)).toMatchObject({ outcome: 'STALE', staleReason: 'REVALIDATING' })
+    }
+    await selected(tested, 2)
+    vi.advanceTimersByTime(4999)
+    await turn()
+    expect(tested.metrics).toMatchObject({ refreshesOk: 0, refreshesFailed: 0 })
+    vi.advanceTimersByTime(1)
+    await expect.poll(() => tested.metrics.refreshesFailed).toBe(1)
+    expect(await read(tested)).toMatchObject({ outcome: 'STALE' })
+    await selected(tested, 3)
+    open()
+    await tested.reader.settled()
+    expect(tested.metrics).toMatchObject({ refreshesOk: 1, refreshesFailed: 1 })
+    expect(await read(tested)).toMatchObject({ outcome: 'HIT' })
+  })
+
+  test('waits for another instance that does the same, but no reader waits for that', async () => {
+    const tested = instance(async () => {}, { settings: { freshForMs: 1000 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    tested.clock.nowMs = 1001
+    tested.locks.held.set('a', 'another instance')
+    expect(await read(tested)).toMatchObject({ outcome: 'STALE' })
+    for (let looks = 0; looks < 5; looks++) {
+      await turn()
+      vi.advanceTimersByTime(PAUSE_MS)
+    }
+    expect(tested.postgres.selects.get('a')).toBe(1)
+    const strict = { ...DEFAULT_READ, allowStale: false }
+    expect(await tested.reader.read(TENANT, 'a', strict, signal)).toMatchObject({
+      outcome: 'MISS',
+      coalesced: true,
+    })
+    expect(tested.postgres.selects.get('a')).toBe(2)
+    expect(tested.locks.held.get('a')).toBe('another instance')
+    await tested.reader.settled()
+  })
+
+  test('goes on after the soft timeout of the only reader', async () => {
+    const { gate, shut, open } = door()
+    const tested = instance(gate, { settings: { softTimeoutMs: 100 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    // Nothing was heard of the log for so long that the copy is no answer by itself.
+    tested.clock.nowMs = 2000
+    shut()
+    const reading = read(tested)
+    await selected(tested, 2)
+    vi.advanceTimersByTime(100)
+    expect(await reading).toMatchObject({ outcome: 'STALE', staleReason: 'UNVERIFIED' })
+    open()
+    await tested.reader.settled()
+    expect(tested.metrics).toMatchObject({ refreshesOk: 1, refreshesFailed: 0 })
+    expect(tested.memory.peek(TENANT, 'a')).toMatchObject({ verifiedAtMs: 2000 })
+  })
+
+  test('comes early for a hit whose draw says so, does not take the same copy from Redis, and spoils no hit', async () => {
+    let draw = 0
+    const settings = { freshForMs: 1000, earlyRefresh: 5, random: () => draw }
+    const tested = instance(async () => {}, { settings })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    const hit = async (nowMs: number, drawn: number) => {
+      draw = drawn
+      tested.clock.nowMs = nowMs
+      expect(await read(tested)).toMatchObject({ outcome: 'HIT', tier: 'memory' })
+      await tested.reader.settled()
+      return tested.postgres.selects.get('a')
+    }
+    // The mean of the draws is 20 ms here, a fiftieth of the copy's life: with 0.5 drawn, the last 14 ms count.
+    expect(await hit(600, 1 - 1e-12)).toBe(1)
+    expect(await hit(980, 0.5)).toBe(1)
+    expect(await hit(990, 0.1)).toBe(1)
+    expect(await hit(990, 0.5)).toBe(2)
+    expect(await hit(991, 0.5)).toBe(2)
+    expect(tested.memory.peek(TENANT, 'a')).toMatchObject({ verifiedAtMs: 990 })
+    expect(tested.metrics).toMatchObject({ refreshesOk: 1 })
+  })
+
+  test('that fails leaves the copy in place up to the age that stale answers may have, and no longer', async () => {
+    const tested = instance(async () => {}, { settings: { freshForMs: 1000, maxStaleMs: 60_000 } })
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested)
+    await tested.reader.settled()
+    tested.postgres.failing = 100
+    for (const nowMs of [1200, 2000, 59_999]) {
+      tested.clock.nowMs = nowMs
+      expect(await read(tested)).toMatchObject({ outcome: 'STALE', copy: { revision: 1 } })
+      await tested.reader.settled()
+    }
+    expect(tested.metrics.refreshesFailed).toBe(1)
+    tested.clock.nowMs = 60_001
+    await expect(read(tested)).rejects.toMatchObject({ code: 'unavailable' })
   })
 })
 

@@ -29,6 +29,30 @@ function copyOf(id: string, changes: Partial<Copy> = {}): Copy {
 }
 
 describe('reads', () => {
+  test('copies of one moment are not dropped at one moment, and none later than maxStaleMs', () => {
+    const clock = { ms: 0 }
+    let drawn = 0
+    const tier = tierAt(clock, { jitter: 0.2, random: () => drawn })
+    for (const [id, draw] of [['a', 0] as const, ['b', 0.5] as const]) {
+      drawn = draw
+      tier.set('t', copyOf(id))
+    }
+    clock.ms = MAX_STALE_MS * 0.9 - 1
+    expect([tier.get('t', 'a')?.id, tier.get('t', 'b')?.id]).toEqual(['a', 'b'])
+    clock.ms = MAX_STALE_MS * 0.9
+    expect([tier.get('t', 'a')?.id, tier.get('t', 'b')?.id]).toEqual(['a', undefined])
+    clock.ms = MAX_STALE_MS
+    expect(tier.get('t', 'a')).toBeUndefined()
+  })
+
+  test('a tier that is off holds nothing and says so', async () => {
+    const tier = tierAt({ ms: 0 }, { enabled: false })
+    expect(tier.set('t', copyOf('a'))).toBe(false)
+    expect(await tier.read('t', ['a'])).toEqual({ copies: new Map(), skipped: 'off' })
+    expect(await tier.inspect('t', 'a')).toEqual({ present: false, skipped: 'off' })
+    expect(tier.stats()).toMatchObject({ entries: 0 })
+  })
+
   test('a hit is the copy itself, synchronously, and counts', () => {
     const tier = tierAt({ ms: 0 })
     const copy = copyOf('a')

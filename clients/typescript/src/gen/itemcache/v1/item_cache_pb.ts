@@ -2259,7 +2259,8 @@ export const CacheOutcome = {
   NEGATIVE_HIT: 4,
 
   /**
-   * CACHE_OUTCOME_BYPASS: the caller's options ruled the caches out.
+   * CACHE_OUTCOME_BYPASS: the caller's options ruled the caches out, or the item is outside the share of items for
+   * which the service uses them.
    *
    * @generated from enum value: CACHE_OUTCOME_BYPASS = 5;
    */

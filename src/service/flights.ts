@@ -1,0 +1,224 @@
+/**
+ * Flights: loads that are shared by all who miss the same key meanwhile.
+ *
+ * A flight leaves at the end of the tick, together with all others of its tenant and route. It goes on for as long as
+ * somebody waits for it: a reader, until its own deadline, or nobody in particular, for a bounded time, when a stale
+ * answer has been given already. The last one to leave cancels it, and with the last flight of a group the group.
+ */
+import { randomBytes } from 'node:crypto'
+import { ItemCacheError } from '../errors.ts'
+import type { Copy, SkipReason, Snapshot, TierName } from '../tiers/tier.ts'
+
+/** A tier that could not be asked. */
+export interface Skipped {
+  readonly tier: TierName
+  readonly reason: SkipReason
+}
+
+/** What a flight brings. */
+export interface Landed {
+  readonly copy: Copy
+  readonly tier: TierName
+  /** When its SELECT was sent, on the logical clock; 0 for a copy from Redis, which proves nothing. */
+  readonly sentAt: number
+  readonly skipped: readonly Skipped[]
+}
+
+/** Reads what PostgreSQL holds under a key that is not an item's. */
+export type Load = (signal: AbortSignal) => Promise<Snapshot>
+
+/** `cached` flights ask Redis first; `direct` ones begin at PostgreSQL. */
+export type Route = 'cached' | 'direct'
+
+/** Flights of one tenant and route that walk the tiers together. */
+export interface Group {
+  readonly tenant: string
+  readonly route: Route
+  readonly flights: readonly Flight[]
+  /** Aborts when nobody waits for any of them. */
+  readonly signal: AbortSignal
+}
+
+/** What a new flight is to load. */
+export interface FlightPlan {
+  /** `undefined` for an item, which is loaded together with others. */
+  readonly load?: Load | undefined
+  /** A copy from Redis that was verified no later than this is not good enough. Default: any may be. */
+  readonly verifiedAfterMs?: number | undefined
+}
+
+/** One load of one key. */
+export class Flight {
+  readonly id: string
+  readonly load: Load | undefined
+  readonly verifiedAfterMs: number
+  readonly result: PromiseWithResolvers<Landed> = Promise.withResolvers()
+  /** On the logical clock; `undefined` while no SELECT was sent. */
+  sentAt: number | undefined
+  /** Resolves when the caches have been asked: from then on `fallback` is what Redis had. */
+  readonly cachesAsked: PromiseWithResolvers<undefined> = Promise.withResolvers()
+  /** The copy that Redis had and that was not good enough: served, marked, when the tiers below are down. */
+  fallback: Copy | undefined
+  skipped: readonly Skipped[] = []
+  /** Settles when what it brought is in Redis. */
+  stored: Promise<unknown> | undefined
+  /** Called when the first reader comes to a flight that nobody waited for, and when it is over. */
+  wake: (() => void) | undefined
+  #readers = 0
+  #background: NodeJS.Timeout | undefined
+  #over = false
+  #controller: AbortController | undefined
+  #token: string | undefined
+  readonly #ended: (abandoned: boolean) => void
+
+  constructor(id: string, { load, verifiedAfterMs }: FlightPlan, ended: (abandoned: boolean) => void) {
+    this.id = id
+    this.load = load
+    this.verifiedAfterMs = verifiedAfterMs ?? Number.NEGATIVE_INFINITY
+    this.#ended = ended
+    // Nobody may be waiting any more when it fails.
+    this.result.promise.catch(() => {})
+  }
+
+  /** It has landed or failed, or nobody waits any more. */
+  get isOver(): boolean {
+    return this.#over
+  }
+
+  /** A reader waits, who has no answer yet. */
+  get isAwaited(): boolean {
+    return this.#readers > 0
+  }
+
+  /** Aborts when nobody waits any more. */
+  get signal(): AbortSignal {
+    this.#controller ??= new AbortController()
+    if (this.#over) this.#controller.abort(nobodyWaits())
+    return this.#controller.signal
+  }
+
+  /** What sets this flight's lock apart from those of all others. */
+  get token(): string {
+    this.#token ??= randomBytes(16).toString('base64url')
+    return this.#token
+  }
+
+  /** One more reader waits, until the answer is disposed. */
+  board(): Disposable {
+    this.#readers += 1
+    if (this.#readers === 1) this.wake?.()
+    return {
+      [Symbol.dispose]: () => {
+        this.#readers -= 1
+        this.#endUnlessAwaited()
+      },
+    }
+  }
+
+  /** Goes on for at most so long although no reader waits. False when it does already, or is over. */
+  goOn(forMs: number): boolean {
+    if (this.#over || this.#background !== undefined) return false
+    this.#background = setTimeout(() => {
+      this.#background = undefined
+      this.#endUnlessAwaited()
+    }, forMs)
+    this.#background.unref()
+    return true
+  }
+
+  land(landed: Landed): void {
+    if (this.#end(false)) this.result.resolve(landed)
+  }
+
+  fail(error: unknown): void {
+    if (this.#end(false)) this.result.reject(error)
+  }
+
+  #endUnlessAwaited(): void {
+    if (this.#readers > 0 || this.#background !== undefined || !this.#end(true)) return
+    const reason = nobodyWaits()
+    this.result.reject(reason)
+    this.#controller?.abort(reason)
+  }
+
+  /** False when it was over already. */
+  #end(abandoned: boolean): boolean {
+    if (this.#over) return false
+    this.#over = true
+    clearTimeout(this.#background)
+    this.#ended(abandoned)
+    this.wake?.()
+    return true
+  }
+}
+
+/** A multi-key read never asks a tier for more keys than this at once. */
+const MAX_KEYS = 500
+
+/** Flights that have not left yet. */
+interface Boarding {
+  readonly tenant: string
+  readonly route: Route
+  readonly flights: Flight[]
+  readonly controller: AbortController
+  /** Flights that are not over. */
+  left: number
+}
+
+/** All flights of one instance. */
+export class Flights {
+  readonly #under = { cached: new Map<string, Flight>(), direct: new Map<string, Flight>() }
+  readonly #depart: (group: Group) => void
+  #boarding: Boarding[] = []
+
+  /** `depart` takes the flights of a group through the tiers. */
+  constructor(depart: (group: Group) => void) {
+    this.#depart = depart
+  }
+
+  /** The key's flight of this route, or a new one that leaves at the end of the tick. */
+  join(tenant: string, id: string, route: Route, plan: FlightPlan): { flight: Flight; joined: boolean } {
+    const flights = this.#under[route]
+    const key = keyOf(tenant, id)
+    const under = flights.get(key)
+    // A direct flight is taken only before it leaves: those who choose it want a SELECT sent after they began.
+    if (under !== undefined && (route === 'cached' || under.sentAt === undefined)) {
+      return { flight: under, joined: true }
+    }
+    const boarding = this.#boardingOf(tenant, route)
+    const flight: Flight = new Flight(id, plan, (abandoned) => {
+      if (flights.get(key) === flight) flights.delete(key)
+      boarding.left -= 1
+      if (abandoned && boarding.left === 0) boarding.controller.abort(nobodyWaits())
+    })
+    flights.set(key, flight)
+    boarding.flights.push(flight)
+    boarding.left += 1
+    return { flight, joined: false }
+  }
+
+  #boardingOf(tenant: string, route: Route): Boarding {
+    if (this.#boarding.length === 0) setImmediate(() => this.#departAll())
+    const waiting = this.#boarding.findLast((one) => one.tenant === tenant && one.route === route)
+    if (waiting !== undefined && waiting.flights.length < MAX_KEYS) return waiting
+    const boarding: Boarding = { tenant, route, flights: [], controller: new AbortController(), left: 0 }
+    this.#boarding.push(boarding)
+    return boarding
+  }
+
+  #departAll(): void {
+    const leaving = this.#boarding
+    this.#boarding = []
+    for (const { tenant, route, flights, controller } of leaving) {
+      const wanted = flights.filter((flight) => !flight.isOver)
+      if (wanted.length > 0) this.#depart({ tenant, route, flights: wanted, signal: controller.signal })
+    }
+  }
+}
+
+/** One string for a tenant's key. The length in front keeps every pair apart, whatever characters either has. */
+export const keyOf = (tenant: string, id: string): string => `${tenant.length}:${tenant}${id}`
+
+function nobodyWaits(): ItemCacheError {
+  return new ItemCacheError('cancelled', 'nobody waits for the load any more')
+}
