@@ -18,6 +18,7 @@ import { TlsCredentials } from './rpc/tls.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
+import { type BreakerState, GuardedOrigin, GuardedRedis, GuardedStore } from './tiers/guard.ts'
 import { MemoryTier } from './tiers/memory.ts'
 import { FakeStoreOrigin } from './tiers/origin.ts'
 import { connectPostgres, type PostgresTier } from './tiers/postgres.ts'
@@ -68,6 +69,8 @@ const POLL_MS = 500
 const TENANT_IDLE_MS = 300_000
 /** How long a start waits for Redis. */
 const REDIS_PATIENCE_MS = 1_000
+/** Pipelines that are under way at once; each has a timeout. More are not sent: PostgreSQL is asked. */
+const MAX_REDIS_CALLS = 1_000
 /** How long a stop waits for loads and stores that no caller waits for any more: an origin may take its time. */
 const SETTLE_PATIENCE_MS = 1_000
 const TRIM_STEP_ROWS = 1_000
@@ -123,7 +126,14 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     now,
     random,
   })
-  const redis =
+  const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
+    ...config.breaker,
+    onStateChange: (state: BreakerState) =>
+      state === 'CLOSED'
+        ? log.info({ tier, breaker: state }, 'the circuit breaker is closed')
+        : log.warn({ tier, breaker: state }, 'the circuit breaker is not closed'),
+  })
+  const connected =
     servers.redis.url === undefined
       ? undefined
       : started.use(
@@ -143,16 +153,37 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
           }),
         )
   // So that the banner can tell its state; a Redis that is slow to answer holds nobody up for long.
-  if (redis !== undefined) await Promise.race([redis.settled(), sleep(REDIS_PATIENCE_MS)])
+  if (connected !== undefined) await Promise.race([connected.settled(), sleep(REDIS_PATIENCE_MS)])
+  const redis =
+    connected &&
+    started.use(
+      new GuardedRedis(connected, {
+        ...guard('redis'),
+        maxCalls: MAX_REDIS_CALLS,
+        slowMs: config.breaker.redisSlowMs,
+        now,
+      }),
+    )
+  const store = started.use(
+    new GuardedStore(postgres, {
+      ...guard('postgres'),
+      maxCalls: Math.ceil(pools.postgres / 2) + pools.postgresQueue,
+    }),
+  )
   const origin =
     servers.origin.url === undefined
       ? undefined
-      : new FakeStoreOrigin({
-          url: servers.origin.url,
-          timeoutMs: timeouts.originMs,
-          maxConcurrent: pools.originConcurrency,
-          random,
-        })
+      : started.use(
+          new GuardedOrigin(
+            new FakeStoreOrigin({
+              url: servers.origin.url,
+              timeoutMs: timeouts.originMs,
+              maxConcurrent: pools.originConcurrency,
+              random,
+            }),
+            guard('origin'),
+          ),
+        )
   const tail = started.use(
     new Tail({
       source: postgres,
@@ -176,10 +207,13 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   await tail.start()
   started.use(keepTrimmed(postgres, config.retention, log))
   observe(metrics, memory)
+  metrics.tiers.redis.breaker = () => redis?.state
+  metrics.tiers.postgres.breaker = () => store.state
+  metrics.tiers.origin.breaker = () => origin?.state
 
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
-  const parts = { probe, ...caches, postgres, origin, tail, metrics }
+  const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
   const reader = new Reader(parts, {
     freshForMs: ttl.freshForMs,
     negativeTtlMs: ttl.negativeMs,
@@ -195,10 +229,10 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     random,
   })
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
-  const writer = new Writer({ reader, postgres, origin, tail })
+  const writer = new Writer({ reader, postgres: store, origin, tail })
 
   let postgresAnswers = true
-  const isServing = () => postgresAnswers || redis?.state === 'ready' || memory.stats().entries > 0
+  const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
   const admin =
     config.admin &&
     started.use(
@@ -209,9 +243,10 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
           ready: isServing(),
           detail: {
             memory: { entries: memory.stats().entries },
-            redis: redis?.state ?? 'off',
+            redis: connected?.state ?? 'off',
             postgres: postgresAnswers ? 'ready' : 'down',
             origin: origin === undefined ? 'off' : 'on',
+            breakers: { redis: redis?.state, postgres: store.state, origin: origin?.state },
           },
         }),
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
@@ -227,7 +262,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       tls,
       frame: { log, metrics, auth, rateLimit, now, maxDeadlineMs: timeouts.maxDeadlineMs },
     },
-    { reader, writer, postgres, subscriptions, inspected: parts },
+    { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
   started.defer(async () => {
     log.info('draining')
@@ -256,7 +291,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     admin: admin?.address,
     tiers: {
       memory: config.memory.enabled ? `up to ${config.memory.maxEntries} items` : 'off',
-      redis: redis === undefined ? 'off' : `${servers.redis.description}, ${redis.state}`,
+      redis: redis === undefined ? 'off' : `${servers.redis.description}, ${connected?.state}`,
       postgres: servers.postgres.description,
       origin: servers.origin.description,
     },

@@ -114,7 +114,18 @@ export interface Config {
     readonly maxDeadlineMs: number
     readonly drainMs: number
   }
-  readonly pools: { readonly postgres: number; readonly originConcurrency: number }
+  readonly pools: {
+    readonly postgres: number
+    /** Calls that may wait for a connection. */
+    readonly postgresQueue: number
+    readonly originConcurrency: number
+  }
+  readonly breaker: {
+    /** The share of calls that must fail, above 0 and below 1. */
+    readonly failureShare: number
+    readonly minimumCalls: number
+    readonly redisSlowMs: number
+  }
   readonly grpc: {
     readonly maxMessageBytes: number
     readonly maxConcurrentStreams: number
@@ -621,6 +632,28 @@ const TABLE = {
     description: 'For a Redis command. Past it, the read goes on to PostgreSQL.',
     parse: duration(1),
   },
+  redisSlow: {
+    name: 'ITEMCACHE_REDIS_SLOW',
+    group: WAITS,
+    default: '100ms',
+    description: 'A Redis command that takes longer counts as failed for its circuit breaker.',
+    parse: duration(1),
+  },
+  breakerPercent: {
+    name: 'ITEMCACHE_BREAKER_PERCENT',
+    group: WAITS,
+    default: '2',
+    description:
+      'When more of the calls of a tier fail within 10 s, its circuit breaker opens: it is left alone but for a probe a second.',
+    parse: count(1, 99),
+  },
+  breakerCalls: {
+    name: 'ITEMCACHE_BREAKER_CALLS',
+    group: WAITS,
+    default: '50',
+    description: 'With fewer calls in these 10 s the circuit breaker stays closed.',
+    parse: count(1, 1_000_000),
+  },
   postgresConnectTimeout: {
     name: 'ITEMCACHE_POSTGRES_CONNECT_TIMEOUT',
     group: WAITS,
@@ -684,6 +717,13 @@ const TABLE = {
     default: '10',
     description: 'Most connections to PostgreSQL for reads and writes; following the log takes three more.',
     parse: count(1, 1000),
+  },
+  postgresQueue: {
+    name: 'ITEMCACHE_POSTGRES_QUEUE',
+    group: LIMITS,
+    default: '1000',
+    description: 'Most reads, and most writes, that wait for one of them; one more is RESOURCE_EXHAUSTED.',
+    parse: count(1, 1_000_000),
   },
   originConcurrency: {
     name: 'ITEMCACHE_ORIGIN_CONCURRENCY',
@@ -926,7 +966,16 @@ function build(values: Values, cwd: string): Config {
       maxDeadlineMs: values.maxDeadline,
       drainMs: values.drainTimeout,
     },
-    pools: { postgres: values.postgresPool, originConcurrency: values.originConcurrency },
+    pools: {
+      postgres: values.postgresPool,
+      postgresQueue: values.postgresQueue,
+      originConcurrency: values.originConcurrency,
+    },
+    breaker: {
+      failureShare: values.breakerPercent / 100,
+      minimumCalls: values.breakerCalls,
+      redisSlowMs: values.redisSlow,
+    },
     grpc: {
       maxMessageBytes: values.maxMessageBytes,
       maxConcurrentStreams: values.maxConcurrentStreams,

@@ -7,6 +7,7 @@
  * answered (`countRead`); the counters of a tier count every look-up in it, so that one read that PostgreSQL answers
  * is also a miss of memory and of Redis.
  */
+import type { BreakerState } from '../tiers/guard.ts'
 import type { TierName } from '../tiers/tier.ts'
 
 /** The tiers, from near to far. */
@@ -20,8 +21,7 @@ export const TIER_NAMES = ['memory', 'redis', 'postgres', 'origin'] as const sat
 export const READ_OUTCOMES = ['HIT', 'STALE', 'NEGATIVE_HIT', 'MISS', 'BYPASS'] as const
 export type ReadOutcome = (typeof READ_OUTCOMES)[number]
 
-export const BREAKER_STATES = ['CLOSED', 'HALF_OPEN', 'OPEN'] as const
-export type BreakerState = (typeof BREAKER_STATES)[number]
+export const BREAKER_STATES = ['CLOSED', 'HALF_OPEN', 'OPEN'] as const satisfies readonly BreakerState[]
 
 /** The names of the gRPC status codes, by their numbers. */
 export const STATUS_NAMES = [
@@ -214,7 +214,8 @@ export class TierMetrics {
   misses = 0
   errors = 0
   timeouts = 0
-  breaker: BreakerState | undefined = undefined
+  /** Asked at each snapshot. Set by whoever constructs the tier; `undefined`: it has no circuit breaker. */
+  breaker: () => BreakerState | undefined = () => undefined
   readonly latency = new LatencyHistogram()
   /** How many reads this tier answered, by outcome. Raised by `Metrics.countRead`. */
   readonly reads: Record<ReadOutcome, number> = { HIT: 0, STALE: 0, NEGATIVE_HIT: 0, MISS: 0, BYPASS: 0 }
@@ -228,7 +229,7 @@ export class TierMetrics {
       misses: this.misses,
       errors: this.errors,
       timeouts: this.timeouts,
-      breaker: this.breaker,
+      breaker: this.breaker(),
       latency: this.latency.snapshot(),
       entries,
       bytes,

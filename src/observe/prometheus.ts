@@ -152,7 +152,7 @@ export function prometheusText(metrics: Metrics, version: string): Exposition {
       BREAKER_STATES.map(
         (state): Sample => [
           { tier, state: state.toLowerCase() },
-          metrics.tiers[tier].breaker === state ? 1 : 0,
+          metrics.tiers[tier].breaker() === state ? 1 : 0,
         ],
       ),
     ),

@@ -13,6 +13,7 @@ import type { UntypedServiceImplementation } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
+  BreakerState,
   type CreateItemRequest,
   CreateItemRequestSchema,
   type DeleteItemRequest,
@@ -305,6 +306,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
         sizeBytes: BigInt(found.sizeBytes ?? 0),
         skipped: found.skipped === undefined ? SkipReason.UNSPECIFIED : SKIP_REASONS[found.skipped],
         servedByOrigin: found.tier === 'origin' && servedByOrigin,
+        breaker: BreakerState[frame.metrics.tiers[found.tier].breaker() ?? 'UNSPECIFIED'],
       })),
       floors: {
         tenantFloor: BigInt(floors.tenantFloor),

@@ -235,7 +235,7 @@ describe('GetMetrics', () => {
     expect(counts(origin)).toEqual({ hits: 2, misses: 1, ...well, calls: 3 })
     for (const tier of [redis, postgres, origin]) {
       expectDistribution(tier.latency)
-      expect(tier.breaker).toBe(BreakerState.UNSPECIFIED)
+      expect(tier.breaker).toBe(BreakerState.CLOSED)
     }
     expect(memory.breaker).toBe(BreakerState.UNSPECIFIED)
     expect(memory).toMatchObject({ entries: 3n, evictions: 0n, expirations: 0n })

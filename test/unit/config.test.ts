@@ -65,7 +65,8 @@ describe('without any variable', () => {
         maxDeadlineMs: 30_000,
         drainMs: 8_000,
       },
-      pools: { postgres: 10, originConcurrency: 16 },
+      pools: { postgres: 10, postgresQueue: 1000, originConcurrency: 16 },
+      breaker: { failureShare: 0.02, minimumCalls: 50, redisSlowMs: 100 },
       grpc: {
         maxMessageBytes: 4 * 1024 * 1024,
         maxConcurrentStreams: 1_000,

@@ -63,7 +63,7 @@ describe('a snapshot', () => {
     redis.misses += 48
     redis.errors++
     redis.timeouts++
-    redis.breaker = 'OPEN'
+    redis.breaker = () => 'OPEN'
     redis.latency.record(2)
     let entries = 1
     redis.gauges = () => ({ entries, bytes: 10, evictions: 3, expirations: 4 })
@@ -217,7 +217,7 @@ describe('the Prometheus text', () => {
     expect(exposition.contentType).toBe('text/plain; version=0.0.4; charset=utf-8')
 
     metrics.tiers.memory.hits = 7
-    metrics.tiers.redis.breaker = 'HALF_OPEN'
+    metrics.tiers.redis.breaker = () => 'HALF_OPEN'
     metrics.tiers.memory.gauges = () => ({ entries: 5, bytes: 6, evictions: 8, expirations: 9 })
     metrics.countRead('memory', 'STALE')
     metrics.failedReads = 2

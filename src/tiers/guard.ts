@@ -1,0 +1,373 @@
+/**
+ * Guards around the tiers: a circuit breaker and a bulkhead each, by cockatiel.
+ *
+ * The **breaker** opens when more than 2 % of the calls of the last 10 s have failed, of 50 at least. Then calls are refused at
+ * once, and every second one of them, or a probe when nobody calls, is let through; the first that succeeds closes it. While
+ * it runs the others are refused: nobody waits for a probe that hangs.
+ *
+ * What counts as a failure says something of the tier: that it timed out, cannot be reached, or (Redis) took longer than it
+ * may. A conflict, a refusal or a caller who left does not.
+ *
+ * The **bulkhead** bounds the calls that are under way, those that wait for a connection included; one more is shed,
+ * `exhausted`. How long a call may wait, the tier bounds itself.
+ */
+import {
+  BrokenCircuitError,
+  BulkheadRejectedError,
+  bulkhead,
+  CircuitState,
+  circuitBreaker,
+  handleWhen,
+  SamplingBreaker,
+} from 'cockatiel'
+import { ItemCacheError } from '../errors.ts'
+import type {
+  CacheAnswer,
+  CacheTier,
+  Copy,
+  Inspection,
+  LoadLocks,
+  LockClaim,
+  LockState,
+  OriginTier,
+  StoreTier,
+} from './tier.ts'
+
+export type BreakerState = 'CLOSED' | 'HALF_OPEN' | 'OPEN'
+
+/** When a breaker opens, and how much a bulkhead lets in. Durations in milliseconds. */
+export interface GuardOptions {
+  /** The share of calls that must have failed, above 0 and below 1. Default 0.02. */
+  readonly failureShare?: number
+  /** Over how long calls are counted: whole seconds, 5 at least. Default 10,000. */
+  readonly windowMs?: number
+  /** With fewer calls in the window the breaker stays closed. Default 50. */
+  readonly minimumCalls?: number
+  /** From one probe of an open breaker to the next. Default 1,000. */
+  readonly probeEveryMs?: number
+  /** Most calls under way. */
+  readonly maxCalls: number
+  readonly onStateChange?: (state: BreakerState) => void
+}
+
+/** How a call ended that was answered, but not well enough. */
+class Poor<T> extends Error {
+  readonly answer: T
+
+  constructor(answer: T) {
+    super('the answer was poor')
+    this.answer = answer
+  }
+}
+
+/** How a probe ended that was given up: it has not shown that all is well. */
+class GivenUp extends Error {
+  readonly error: unknown
+
+  constructor(error: unknown) {
+    super('the probe was given up')
+    this.error = error
+  }
+}
+
+const STATES: Readonly<Record<CircuitState, BreakerState>> = {
+  [CircuitState.Closed]: 'CLOSED',
+  [CircuitState.HalfOpen]: 'HALF_OPEN',
+  [CircuitState.Open]: 'OPEN',
+  [CircuitState.Isolated]: 'OPEN',
+}
+
+/** Why a guard did not let a call through. */
+type Refusal = 'open' | 'full'
+class Refused extends Error {
+  readonly why: Refusal
+
+  constructor(why: Refusal) {
+    super(why)
+    this.why = why
+  }
+}
+
+/** A breaker and a bulkhead for one dependency. */
+export class Guard implements Disposable {
+  readonly #breaker
+  /** Writers that wait for each other must not keep readers out. */
+  readonly #bulkheads
+  readonly #probeEveryMs: number
+  #probing = false
+  #timer: NodeJS.Timeout | undefined
+
+  /** `isFault` says which errors are the dependency's. `probe`, if there is one, is called while nobody else calls. */
+  constructor(options: GuardOptions, isFault: (error: unknown) => boolean, probe?: () => Promise<unknown>) {
+    const { failureShare = 0.02, windowMs = 10_000, minimumCalls = 50, probeEveryMs = 1_000 } = options
+    this.#probeEveryMs = probeEveryMs
+    const counts = (error: unknown) => error instanceof Poor || error instanceof GivenUp || isFault(error)
+    this.#breaker = circuitBreaker(handleWhen(counts), {
+      // The backoff ends just before the next probe comes.
+      halfOpenAfter: probeEveryMs * 0.9,
+      breaker: new SamplingBreaker({
+        threshold: failureShare,
+        duration: windowMs,
+        minimumRps: (minimumCalls * 1000) / windowMs,
+      }),
+    })
+    this.#bulkheads = { read: bulkhead(options.maxCalls, 0), write: bulkhead(options.maxCalls, 0) }
+    this.#breaker.onStateChange((state) => {
+      options.onStateChange?.(STATES[state])
+      clearInterval(this.#timer)
+      if (state === CircuitState.Closed || probe === undefined) return
+      this.#timer = setInterval(() => void this.run(probe).catch(() => {}), probeEveryMs).unref()
+    })
+  }
+
+  get state(): BreakerState {
+    return STATES[this.#breaker.state]
+  }
+
+  /** How long a caller who was refused should wait, in milliseconds. */
+  get retryAfterMs(): number {
+    return this.#probeEveryMs
+  }
+
+  /**
+   * Makes a call, if the guard lets it through; else throws `Refused`. An answer that `isPoor` is returned and counts as
+   * a failure.
+   */
+  async run<T>(
+    call: () => Promise<T>,
+    isPoor: (answer: T) => boolean = () => false,
+    purpose: 'read' | 'write' = 'read',
+  ): Promise<T> {
+    try {
+      return await this.#bulkheads[purpose].execute(() => this.#break(call, isPoor))
+    } catch (error) {
+      if (error instanceof Poor) return error.answer as T
+      if (error instanceof GivenUp) throw error.error
+      if (error instanceof BrokenCircuitError) throw new Refused('open')
+      if (error instanceof BulkheadRejectedError) throw new Refused('full')
+      throw error
+    }
+  }
+
+  [Symbol.dispose](): void {
+    clearInterval(this.#timer)
+  }
+
+  async #break<T>(call: () => Promise<T>, isPoor: (answer: T) => boolean): Promise<T> {
+    // cockatiel would let the others wait for the probe.
+    if (this.#probing) throw new Refused('open')
+    const ask = async () => {
+      const answer = await call()
+      if (isPoor(answer)) throw new Poor(answer)
+      return answer
+    }
+    if (this.#breaker.state === CircuitState.Closed) return this.#breaker.execute(ask)
+    let isProbe = false
+    try {
+      return await this.#breaker.execute(() => {
+        isProbe = true
+        this.#probing = true
+        return ask().catch((error: unknown) => {
+          throw isGivenUp(error) ? new GivenUp(error) : error
+        })
+      })
+    } finally {
+      if (isProbe) this.#probing = false
+    }
+  }
+}
+
+const isGivenUp = (error: unknown): boolean =>
+  error instanceof ItemCacheError && (error.code === 'cancelled' || error.code === 'timeout')
+
+/** Redis behind a guard: while it is open, its copies are missing and nobody waits for its locks. */
+export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
+  readonly name = 'redis'
+  readonly #guard: Guard
+  readonly #redis: CacheTier & LoadLocks
+  readonly #slowMs: number
+  readonly #now: () => number
+
+  /** A call that takes longer than `slowMs` counts as failed. */
+  constructor(
+    redis: CacheTier & LoadLocks,
+    options: GuardOptions & { readonly slowMs: number; readonly now: () => number },
+  ) {
+    this.#redis = redis
+    this.#slowMs = options.slowMs
+    this.#now = options.now
+    // Its methods never throw. A probe asks for a copy that nobody has.
+    this.#guard = new Guard(
+      options,
+      () => true,
+      () => this.#timed(() => redis.read('', ['']), isFailed),
+    )
+  }
+
+  get state(): BreakerState {
+    return this.#guard.state
+  }
+
+  async read(tenant: string, ids: readonly string[]): Promise<CacheAnswer> {
+    const down: CacheAnswer = { copies: new Map(), skipped: 'down' }
+    return this.#timed(() => this.#redis.read(tenant, ids), isFailed, down)
+  }
+
+  async store(tenant: string, copies: readonly Copy[]): Promise<void> {
+    await this.#timed(() => this.#redis.store(tenant, copies), undefined, undefined)
+  }
+
+  /** Not guarded: whoever inspects wants to see for themselves. */
+  inspect(tenant: string, id: string): Promise<Inspection> {
+    return this.#redis.inspect(tenant, id)
+  }
+
+  async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
+    const nobody = new Map(claims.map(({ id }) => [id, 'free' as const]))
+    return this.#timed(() => this.#redis.acquire(tenant, claims), undefined, nobody)
+  }
+
+  async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
+    await this.#timed(() => this.#redis.renew(tenant, claims), undefined, undefined)
+  }
+
+  async release(tenant: string, claim: LockClaim, openMs: number): Promise<void> {
+    await this.#timed(() => this.#redis.release(tenant, claim, openMs), undefined, undefined)
+  }
+
+  [Symbol.dispose](): void {
+    this.#guard[Symbol.dispose]()
+  }
+
+  async #timed<T>(
+    call: () => Promise<T>,
+    isPoor: (answer: T) => boolean = () => false,
+    instead?: T,
+  ): Promise<T> {
+    let startedMs = 0
+    try {
+      return await this.#guard.run(
+        () => {
+          startedMs = this.#now()
+          return call()
+        },
+        (answer) => isPoor(answer) || this.#now() - startedMs > this.#slowMs,
+      )
+    } catch (error) {
+      if (error instanceof Refused) return instead as T
+      throw error
+    }
+  }
+}
+
+const isFailed = ({ skipped }: CacheAnswer): boolean => skipped === 'timeout' || skipped === 'down'
+
+/** PostgreSQL behind a guard. What follows the log is not guarded: it must find out when the database is back. */
+export class GuardedStore implements StoreTier, Disposable {
+  readonly name = 'postgres'
+  readonly #guard: Guard
+  readonly #store: StoreTier
+
+  constructor(store: StoreTier, options: GuardOptions) {
+    this.#store = store
+    this.#guard = new Guard(options, isOfPostgres, () => store.ping(AbortSignal.timeout(PROBE_MS)))
+  }
+
+  get state(): BreakerState {
+    return this.#guard.state
+  }
+
+  readonly read: StoreTier['read'] = (...args) => this.#run('read', () => this.#store.read(...args))
+  readonly list: StoreTier['list'] = (...args) => this.#run('read', () => this.#store.list(...args))
+  readonly outcomeOf: StoreTier['outcomeOf'] = (...args) =>
+    this.#run('read', () => this.#store.outcomeOf(...args))
+  readonly insertLoaded: StoreTier['insertLoaded'] = (...args) =>
+    this.#run('write', () => this.#store.insertLoaded(...args))
+  readonly refetched: StoreTier['refetched'] = (...args) =>
+    this.#run('write', () => this.#store.refetched(...args))
+  readonly create: StoreTier['create'] = (...args) => this.#run('write', () => this.#store.create(...args))
+  readonly update: StoreTier['update'] = (...args) => this.#run('write', () => this.#store.update(...args))
+  readonly delete: StoreTier['delete'] = (...args) => this.#run('write', () => this.#store.delete(...args))
+  readonly invalidate: StoreTier['invalidate'] = (...args) =>
+    this.#run('write', () => this.#store.invalidate(...args))
+
+  inspect(tenant: string, id: string): Promise<Inspection> {
+    return this.#store.inspect(tenant, id)
+  }
+
+  ping(signal?: AbortSignal): Promise<void> {
+    return this.#store.ping(signal)
+  }
+
+  [Symbol.dispose](): void {
+    this.#guard[Symbol.dispose]()
+  }
+
+  #run<T>(purpose: 'read' | 'write', call: () => Promise<T>): Promise<T> {
+    return this.#guard.run(call, undefined, purpose).catch((error: unknown) => {
+      throw translated(error, 'POSTGRES', 'the database', this.#guard.retryAfterMs)
+    })
+  }
+}
+
+/** A probe that takes longer has failed. */
+const PROBE_MS = 2_000
+
+function isOfPostgres(error: unknown): boolean {
+  if (!(error instanceof ItemCacheError) || error.code !== 'unavailable') return false
+  return error.reason.startsWith('POSTGRES_') || error.reason === 'COMMIT_UNKNOWN'
+}
+
+/** The catalogue behind a guard. It bounds its calls itself. */
+export class GuardedOrigin implements OriginTier, Disposable {
+  readonly name = 'origin'
+  readonly #guard: Guard
+  readonly #origin: OriginTier
+
+  constructor(origin: OriginTier, options: Omit<GuardOptions, 'maxCalls'>) {
+    this.#origin = origin
+    // Nobody but those who want an item asks a catalogue that is not ours.
+    this.#guard = new Guard({ ...options, maxCalls: Number.MAX_SAFE_INTEGER }, isOfOrigin)
+  }
+
+  get state(): BreakerState {
+    return this.#guard.state
+  }
+
+  serves(id: string): boolean {
+    return this.#origin.serves(id)
+  }
+
+  readonly fetch: OriginTier['fetch'] = (...args) =>
+    this.#guard
+      .run(() => this.#origin.fetch(...args))
+      .catch((error: unknown) => {
+        throw translated(error, 'ORIGIN', 'the catalogue', this.#guard.retryAfterMs)
+      });
+
+  [Symbol.dispose](): void {
+    this.#guard[Symbol.dispose]()
+  }
+}
+
+/** An answer that cannot be used is one all the same: the catalogue is there. */
+function isOfOrigin(error: unknown): boolean {
+  return (
+    error instanceof ItemCacheError &&
+    error.code === 'unavailable' &&
+    ['ORIGIN_TIMEOUT', 'ORIGIN_UNREACHABLE', 'ORIGIN_STATUS'].includes(error.reason)
+  )
+}
+
+function translated(error: unknown, reason: string, subject: string, retryAfterMs: number): unknown {
+  if (!(error instanceof Refused)) return error
+  return error.why === 'open'
+    ? new ItemCacheError('unavailable', `${subject} has been failing and is given a rest`, {
+        reason: `${reason}_UNAVAILABLE`,
+        retryAfterMs,
+      })
+    : new ItemCacheError('exhausted', `too many calls of ${subject} are waiting`, {
+        reason: `${reason}_BUSY`,
+        retryAfterMs,
+      })
+}
