@@ -155,6 +155,11 @@ export class View {
     return this.#position
   }
 
+  /** When the view last heard of the log: everything committed before has been applied. */
+  get heardMs(): number {
+    return this.#heardMs
+  }
+
   /** The rule, but for heard: what the floors say of a copy. */
   judge({ id, asOf, tags }: Dated): Verdict {
     const tenant = this.#tenant

@@ -211,12 +211,31 @@ describe('a watcher', () => {
     const revision = await bed.write(1)
     const { stream } = await bed.watching({ heartbeatMs: 100 })
     bed.nowMs += 100
-    expect(await next(stream)).toEqual({ kind: 'heartbeat', revision })
+    expect(await next(stream)).toMatchObject({ kind: 'heartbeat', revision })
     bed.nowMs += 2000
     // A heartbeat would come long before the row.
     const waiting = next(stream)
     await bed.write(1)
     expect(await waiting).toMatchObject({ kind: 'batch' })
+  })
+
+  test('gets heartbeats also when there is always something to send, each with how current it is', async () => {
+    await using bed = new Bed()
+    const { stream } = await bed.watching({ heartbeatMs: 100 })
+    const deadlineMs = performance.now() + 10_000
+    let heartbeats = 0
+    while (heartbeats < 3 && performance.now() < deadlineMs) {
+      bed.nowMs += 40
+      const askedMs = bed.nowMs
+      await bed.write(1)
+      for (let message = await next(stream); message.kind !== 'batch'; message = await next(stream)) {
+        if (message.kind !== 'heartbeat') throw new Error(`expected a heartbeat, got ${message.kind}`)
+        // The fake clock began at 0, and so did the stream.
+        expect(message.heardMs).toBeLessThanOrEqual(askedMs)
+        heartbeats++
+      }
+    }
+    expect(heartbeats).toBe(3)
   })
 
   test('is told where it stands when the server drains', async () => {
