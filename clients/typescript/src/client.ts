@@ -4,7 +4,15 @@ import { create, type MessageInitShape } from '@bufbuild/protobuf'
 import type { Duration } from '@bufbuild/protobuf/wkt'
 import { type ChannelCredentials, type ChannelOptions, credentials } from '@grpc/grpc-js'
 import { toDuration } from './duration.ts'
-import { fromItemError, InternalError, InvalidArgumentError, type ItemCacheError } from './errors.ts'
+import {
+  CancelledError,
+  fromItemError,
+  InternalError,
+  InvalidArgumentError,
+  type ItemCacheError,
+  NotFoundError,
+} from './errors.ts'
+import { durationOf, follow, type WatchMessage } from './follow.ts'
 import {
   type BatchGetItemsResult,
   type CacheStatus,
@@ -20,9 +28,14 @@ import {
   type MetricsSnapshot,
   type ReadOptionsSchema,
 } from './gen/itemcache/v1/item_cache_pb.ts'
-import { type CallOptions, metadataOf, Transport } from './transport.ts'
+import { NearCache, type NearCacheOptions, rowOf, tagsOf } from './near-cache.ts'
+import type { LogRow, NearLog } from './near-log.ts'
+import type { NearStats } from './near-store.ts'
+import { Pipeline } from './pipeline.ts'
+import { isLocal, targetOf } from './target.ts'
+import { type CallOptions, checkedTimeout, metadataOf, type Token, Transport } from './transport.ts'
 
-export type { CallOptions } from './transport.ts'
+export type { CallOptions, Token } from './transport.ts'
 
 const { method } = ItemCacheService
 
@@ -64,6 +77,8 @@ export interface TlsOptions {
   /** The client's own certificate chain, for mTLS; with `key`. */
   readonly cert?: string | Buffer | undefined
   readonly key?: string | Buffer | undefined
+  /** The name that the service's certificate must have. Default: the host of the target, of several the first. */
+  readonly serverName?: string | undefined
 }
 
 /** How a client calls. Everything has a default. */
@@ -76,6 +91,17 @@ export interface ConnectOptions {
   readonly clientId?: string | undefined
   /** `true`: TLS with the certificates that Node trusts. Default: no TLS. */
   readonly tls?: boolean | TlsOptions | undefined
+  /**
+   * Sent as `authorization: Bearer …` with every call; a function is asked for it each time, so it may renew it. Without
+   * TLS only to addresses of this machine: elsewhere everybody could read it.
+   */
+  readonly token?: Token | undefined
+  /** Connections that take turns, 1 to 64. One is enough unless the service is far or its instances are many. Default: 1. */
+  readonly connections?: number | undefined
+  /** Look-ups of `get` share one stream per connection instead of being calls of their own. Default: false. */
+  readonly pipeline?: boolean | undefined
+  /** Keeps items in this process, and follows invalidations to keep them right. Default: none. */
+  readonly nearCache?: NearCacheOptions | undefined
   /** While calls are under way, a silent connection is probed after this time. Default: 20,000. */
   readonly keepaliveMs?: number | undefined
   /** A probe that is not answered within this time ends the connection. Default: 5,000. */
@@ -106,6 +132,8 @@ export interface ReadOptions {
   readonly maxStalenessMs?: number | undefined
   /** Whether a copy past its freshness may be served while it is reloaded. Default: true. */
   readonly allowStale?: boolean | undefined
+  /** `false`: the near cache does not answer. Its knowledge still counts: no answer is older. Default: true. */
+  readonly near?: boolean | undefined
   /** The fields of the item to return, as `title`, `price.units`, `imageUri` or `image_uri`. Default: all. */
   readonly fields?: readonly string[] | undefined
 }
@@ -119,8 +147,10 @@ export interface GetResult {
   /** `undefined` only when `notModified`, and for a miss with `cache-only`. An absent item is a NotFoundError. */
   readonly item: Item | undefined
   readonly notModified: boolean
-  /** Where the answer came from. */
+  /** Where the answer came from; of one of the near cache: where it once did. */
   readonly cache: CacheStatus | undefined
+  /** The near cache answered. Its items are frozen: copy one to change it. */
+  readonly near: boolean
   /** The answer is the tenant's state at this revision. */
   readonly revision: bigint
 }
@@ -134,6 +164,8 @@ export interface GetManyResult {
   readonly error: ItemCacheError | undefined
   /** Where the answer came from; `undefined` with an error that no tier gave. */
   readonly cache: CacheStatus | undefined
+  /** The near cache answered. */
+  readonly near: boolean
 }
 
 export interface ListOptions extends CallOptions {
@@ -209,54 +241,138 @@ export type Invalidation = (
   readonly mode?: 'expire' | 'remove' | undefined
 }
 
+export interface WatchOptions {
+  /** Continue exactly after this revision. OutOfRangeError when it is ahead of the log. Default: begin now. */
+  readonly resumeAfter?: bigint | undefined
+  /** Only events that may concern one of these, at most 500. Default, with no `tags`: all. */
+  readonly ids?: readonly string[] | undefined
+  /** Only events that may concern one of these tags or categories, at most 32. */
+  readonly tags?: readonly string[] | undefined
+  /** Events `upserted` carry their items. Default: false. */
+  readonly includeItems?: boolean | undefined
+  /** Milliseconds between heartbeats, 100 to 60,000. Default: 500. */
+  readonly heartbeatMs?: number | undefined
+  /** Milliseconds that events may wait to be sent together, up to 1,000. Default: 0. */
+  readonly maxBatchDelayMs?: number | undefined
+  /** Leave out what clients with this client's `clientId` write. Default: false. */
+  readonly excludeOwnWrites?: boolean | undefined
+  /** Aborting it ends the watch with CancelledError. */
+  readonly signal?: AbortSignal | undefined
+  readonly metadata?: Readonly<Record<string, string>> | undefined
+}
+
 export interface WatchMetricsOptions extends CallOptions {
   /** Milliseconds between two snapshots: 100 to 3,600,000. Default: 1,000. */
   readonly intervalMs?: number | undefined
 }
 
 /**
- * A client of the service at `target`: `host:port`, or one of gRPC's address forms (`dns:///…`, `ipv4:…`, `unix:…`).
- * It connects at the first call, and again whenever it must. Throws InvalidArgumentError for options that cannot be.
+ * A client of the service at `target`: `host:port`, one of gRPC's address forms (`dns:///…`, `ipv4:…`, `unix:…`), or
+ * several of them, which take turns. It connects at the first call, and again whenever it must. Throws
+ * InvalidArgumentError for options that cannot be.
  */
-export function connect(target: string, options: ConnectOptions = {}): Client {
+export function connect(target: string | readonly string[], options: ConnectOptions = {}): Client {
   return new Client(target, options)
 }
+
+const now = () => performance.now()
 
 /** Calls of an ItemCache service. Every method rejects with ItemCacheError only. */
 export class Client implements AsyncDisposable {
   readonly #transport: Transport
   readonly #reading: Readonly<Record<string, string>>
   readonly #writing: Readonly<Record<string, string>>
+  readonly #clientId: string
+  readonly #pipeline: Pipeline | undefined
+  readonly #near: NearCache | undefined
+  readonly #closed = new AbortController()
+  readonly #watching = new Set<Promise<unknown>>()
 
-  constructor(target: string, options: ConnectOptions) {
-    const { tenant, clientId, timeoutMs = 1000 } = options
+  constructor(target: string | readonly string[], options: ConnectOptions) {
+    const { tenant, clientId, timeoutMs = 1000, token, connections = 1 } = options
     this.#reading = tenant === undefined ? {} : { 'x-tenant-id': tenant }
     this.#writing = clientId === undefined ? this.#reading : { ...this.#reading, 'x-client-id': clientId }
+    this.#clientId = clientId ?? ''
     metadataOf(this.#writing)
-    this.#transport = new Transport(
-      target,
-      credentialsOf(options.tls),
-      channelOptions(target, options),
-      timeoutMs,
-    )
+    if (!Number.isInteger(connections) || connections < 1 || connections > 64) {
+      throw invalidOption(`connections must be a whole number from 1 to 64, got ${connections}`)
+    }
+    if (token !== undefined && (options.tls ?? false) === false && !isLocal(target)) {
+      throw invalidOption('a token is sent to other machines with TLS only')
+    }
+    this.#transport = new Transport({
+      target: targetOf(target),
+      credentials: credentialsOf(options.tls),
+      channel: channelOptions(target, options),
+      timeoutMs: checkedTimeout(timeoutMs),
+      connections,
+      token,
+    })
+    if (options.pipeline) this.#pipeline = new Pipeline(this.#transport, this.#reading)
+    if (options.nearCache !== undefined) {
+      try {
+        this.#near = new NearCache(options.nearCache, now)
+      } catch (cause) {
+        throw invalidOption(cause instanceof Error ? cause.message : 'nearCache is not valid')
+      }
+      this.#watching.add(this.#near.run(this.#transport, this.#reading, this.#closed.signal))
+    }
   }
 
   /** One item. NotFoundError when it is absent. */
   async get(id: string, options: GetOptions = {}): Promise<GetResult> {
-    const { result, cache, revision } = await this.#transport.unary(
-      method.getItem,
-      {
-        id,
-        options: readOptions(options),
-        readMask: fieldMask(options.fields),
-        ifNoneMatch: options.ifNoneMatch ?? '',
-      },
-      this.#toRead(options),
+    const near = this.#near
+    if (near === undefined) return this.#get(id, options)
+    const { freshness = 'default', fields, ifNoneMatch, metadata } = options
+    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
+      const hit = near.hit(id, options)
+      if (hit !== undefined) {
+        const notModified = ifNoneMatch !== undefined && hit.item?.etag === ifNoneMatch
+        return { ...hit, item: notModified ? undefined : hit.item, notModified, near: true }
+      }
+    }
+    if (freshness === 'cache-only') return this.#get(id, options)
+    if (fields !== undefined || ifNoneMatch !== undefined) {
+      // Not a whole item: of no use to the cache, but bound to what it knows.
+      const floor = near.floorOf([id])
+      const { minRevision = 0n } = options
+      return this.#get(id, { ...options, minRevision: floor > minRevision ? floor : minRevision })
+    }
+    const { minRevision, maxStalenessMs, allowStale } = options
+    const plain = freshness === 'default' && metadata === undefined && allowStale !== false
+    const shared =
+      plain && minRevision === undefined && maxStalenessMs === undefined && options.near !== false
+    const read = { ...options, timeoutMs: checkedTimeout(options.timeoutMs ?? this.#transport.timeoutMs) }
+    const answer = await near.load(id, read, shared, (atLeast, timeoutMs) =>
+      this.#get(id, {
+        ...options,
+        ...(shared && { signal: undefined }),
+        timeoutMs,
+        minRevision: atLeast,
+      }),
     )
+    return 'near' in answer ? answer : { ...answer, notModified: false, near: true }
+  }
+
+  /** Asks the service. */
+  async #get(id: string, options: GetOptions): Promise<GetResult> {
+    const request = {
+      id,
+      options: readOptions(options),
+      readMask: fieldMask(options.fields),
+      ifNoneMatch: options.ifNoneMatch ?? '',
+    }
+    const pipeline = options.metadata === undefined ? this.#pipeline : undefined
+    const { result, cache, revision } =
+      pipeline === undefined
+        ? await this.#transport.unary(method.getItem, request, this.#toRead(options))
+        : await pipeline.lookUp(request, options)
+    if (result.case === 'error') throw fromItemError(id, result.value, cache)
     return {
       item: result.case === 'item' ? result.value : undefined,
       notModified: result.case === 'notModified' && result.value,
       cache,
+      near: false,
       revision,
     }
   }
@@ -268,13 +384,51 @@ export class Client implements AsyncDisposable {
   async getMany(ids: Iterable<string>, options: GetManyOptions = {}): Promise<Map<string, GetManyResult>> {
     const distinct = [...new Set(ids)]
     const results = new Map<string, GetManyResult>(distinct.map((id) => [id, unanswered(id)]))
+    const near = this.#near
+    if (near === undefined) {
+      await this.#getBatches(distinct, options, 0n, (result) => results.set(result.id, result))
+      return results
+    }
+    const { freshness = 'default', fields, metadata } = options
+    let rest = distinct
+    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
+      rest = distinct.filter((id) => {
+        const held = nearResult(near, id, options)
+        if (held !== undefined) results.set(id, held)
+        return held === undefined
+      })
+    }
+    const overtaken: string[] = []
+    const { epoch } = near.log
+    const floor = freshness === 'cache-only' ? 0n : near.floorOf(rest)
+    await this.#getBatches(rest, options, floor, (result) => {
+      const { id, item, error, cache } = result
+      results.set(id, result)
+      if (fields !== undefined || (item === undefined && !(error instanceof NotFoundError))) return
+      if (!near.admit(id, item, cache, epoch) && freshness !== 'cache-only') overtaken.push(id)
+    })
+    // Whatever an event has overtaken on its way is asked for again.
+    await this.#getBatches(overtaken, options, near.known(overtaken), (result) =>
+      results.set(result.id, result),
+    )
+    return results
+  }
+
+  async #getBatches(
+    ids: readonly string[],
+    options: GetManyOptions,
+    atLeast: bigint,
+    take: (result: GetManyResult) => void,
+  ): Promise<void> {
     const failed = new AbortController()
     const signal = options.signal ? AbortSignal.any([options.signal, failed.signal]) : failed.signal
-    const common = { options: readOptions(options), readMask: fieldMask(options.fields) }
+    const { minRevision = 0n } = options
+    const read = readOptions({ ...options, minRevision: atLeast > minRevision ? atLeast : minRevision })
+    const common = { options: read, readMask: fieldMask(options.fields) }
     let next = 0
     const work = async () => {
-      while (next < distinct.length) {
-        const batch = distinct.slice(next, next + BATCH_IDS)
+      while (next < ids.length) {
+        const batch = ids.slice(next, next + BATCH_IDS)
         next += BATCH_IDS
         const request = { ...common, ids: batch }
         const answer = await this.#transport.unary(
@@ -282,7 +436,7 @@ export class Client implements AsyncDisposable {
           request,
           this.#toRead({ ...options, signal }),
         )
-        for (const [i, id] of batch.entries()) results.set(id, manyResult(id, answer.results[i]))
+        for (const [i, id] of batch.entries()) take(manyResult(id, answer.results[i]))
       }
     }
     try {
@@ -291,7 +445,6 @@ export class Client implements AsyncDisposable {
       // When one batch fails, the others are of no use any more.
       failed.abort()
     }
-    return results
   }
 
   /** The items that the database holds, in the order of their ids (by bytes). */
@@ -312,6 +465,7 @@ export class Client implements AsyncDisposable {
       const request = { category, tag, pageSize, pageToken }
       const page = await this.#transport.unary(method.listItems, request, this.#toRead(options))
       const { items, nextPageToken, revision, cache } = page
+      for (const item of items) this.#near?.listed(item, revision)
       yield { items, nextPageToken, revision, cache }
       pageToken = nextPageToken
     } while (pageToken !== '')
@@ -320,7 +474,7 @@ export class Client implements AsyncDisposable {
   /** Creates an item. AlreadyExistsError when the id is taken, also by an item of the origin. */
   async create(item: ItemInit, options: WriteOptions = {}): Promise<WriteResult> {
     const request = { item, requestId: requestId(options) }
-    return written(await this.#transport.unary(method.createItem, request, this.#toWrite(options)))
+    return this.#written(await this.#transport.unary(method.createItem, request, this.#toWrite(options)))
   }
 
   /**
@@ -334,7 +488,7 @@ export class Client implements AsyncDisposable {
       allowMissing: options.allowMissing ?? false,
       requestId: requestId(options),
     }
-    return written(await this.#transport.unary(method.updateItem, request, this.#toWrite(options)))
+    return this.#written(await this.#transport.unary(method.updateItem, request, this.#toWrite(options)))
   }
 
   /** Deletes an item. It stays deleted, whatever the origin says. NotFoundError when it is absent. */
@@ -342,18 +496,20 @@ export class Client implements AsyncDisposable {
     const { etag = '', allowMissing = false } = options
     const request = { id, etag, allowMissing, requestId: requestId(options) }
     const { revision } = await this.#transport.unary(method.deleteItem, request, this.#toWrite(options))
+    this.#told({ revision: Number(revision), kind: 'DELETED', mode: 'REMOVE', ids: [id], tags: [] })
     return { revision }
   }
 
   /** Makes every cache distrust the copies that it holds of the named items. */
   async invalidate(what: Invalidation, options: WriteOptions = {}): Promise<{ readonly revision: bigint }> {
     const request = {
-      target: targetOf(what),
+      target: invalidated(what),
       mode: what.mode === 'remove' ? InvalidationMode.REMOVE : InvalidationMode.EXPIRE,
       refreshOrigin: 'ids' in what && (what.refreshOrigin ?? false),
       requestId: requestId(options),
     }
     const { revision } = await this.#transport.unary(method.invalidateItems, request, this.#toWrite(options))
+    this.#told(invalidationRow(what, Number(revision)))
     return { revision }
   }
 
@@ -376,9 +532,65 @@ export class Client implements AsyncDisposable {
     for await (const { snapshot } of frames) yield present(snapshot, 'WatchMetrics')
   }
 
+  /**
+   * The tenant's invalidations, in order, each once. It resumes by itself after whatever breaks the connection, on any
+   * instance: see `disconnected` and `resumed`. What the service no longer holds is a `gap`. A consumer that is slow
+   * slows the stream down and loses nothing within the service's retention. Ends when the caller breaks off.
+   */
+  async *watch(options: WatchOptions = {}): AsyncGenerator<WatchMessage, void, undefined> {
+    const { resumeAfter, ids = [], tags = [], includeItems = false, excludeOwnWrites = false } = options
+    const request = {
+      ...(resumeAfter !== undefined && { resumeAfter }),
+      ids: [...ids],
+      tags: [...tags],
+      heartbeatInterval: durationOf(options.heartbeatMs),
+      maxBatchDelay: durationOf(options.maxBatchDelayMs),
+      includeItems,
+      excludeOwnWrites,
+      clientId: this.#clientId,
+    }
+    const signal = options.signal
+      ? AbortSignal.any([options.signal, this.#closed.signal])
+      : this.#closed.signal
+    const metadata = { ...options.metadata, ...this.#reading }
+    for await (const message of follow(this.#transport, { request, metadata, signal, now })) {
+      // What a caller was shown counts: the near cache's own stream may be behind this one.
+      if (message.kind === 'event') this.#told(rowOf(message))
+      yield message
+    }
+  }
+
+  /** Hits, misses, lag and state of the near cache; `undefined` when there is none. */
+  nearStats(): NearStats | undefined {
+    return this.#near?.stats()
+  }
+
+  /** @internal What `cached` needs of the near cache. Throws InvalidArgumentError when there is none. */
+  nearLog(): { readonly log: NearLog; readonly now: () => number } {
+    if (this.#near !== undefined) return { log: this.#near.log, now }
+    throw invalidOption('cached needs a client that was connected with nearCache')
+  }
+
   /** Takes no more calls, ends streams with CancelledError, and resolves when the calls under way are over. */
-  close(): Promise<void> {
-    return this.#transport.close()
+  async close(): Promise<void> {
+    if (!this.#closed.signal.aborted) {
+      this.#closed.abort(new CancelledError('the client is closed'))
+    }
+    await this.#transport.close(this.#pipeline?.close())
+    await Promise.allSettled(this.#watching)
+    this.#near?.close()
+  }
+
+  #told(row: LogRow): void {
+    this.#near?.log.acknowledge(row)
+  }
+
+  #written(answer: { item?: Item | undefined; revision: bigint }): WriteResult {
+    const result = written(answer)
+    const { item } = result
+    const revision = Number(result.revision)
+    this.#told({ revision, kind: 'UPSERTED', mode: 'EXPIRE', ids: [item.id], tags: tagsOf(item) })
+    return result
   }
 
   /** As `close`, for `await using`. */
@@ -402,7 +614,8 @@ function credentialsOf(tls: ConnectOptions['tls'] = false): ChannelCredentials {
   return credentials.createSsl(pem(ca), pem(key), pem(cert))
 }
 
-function channelOptions(target: string, options: ConnectOptions): ChannelOptions {
+function channelOptions(target: string | readonly string[], options: ConnectOptions): ChannelOptions {
+  const serverName = typeof options.tls === 'object' ? options.tls.serverName : undefined
   return {
     'grpc.service_config': JSON.stringify(SERVICE_CONFIG),
     'grpc.keepalive_time_ms': options.keepaliveMs ?? 20_000,
@@ -410,13 +623,20 @@ function channelOptions(target: string, options: ConnectOptions): ChannelOptions
     'grpc.max_receive_message_length': MAX_ANSWER_BYTES,
     'grpc-node.flow_control_window': options.flowControlWindowBytes ?? FLOW_CONTROL_WINDOW_BYTES,
     // A proxy of the environment cannot reach this machine's own addresses; grpc-js would ask it nonetheless.
-    ...(isLoopback(target) && { 'grpc.enable_http_proxy': 0 }),
+    ...(isLocal(target) && { 'grpc.enable_http_proxy': 0 }),
+    // grpc-js would wait up to two minutes before it tries an instance again that was restarted.
+    'grpc.initial_reconnect_backoff_ms': 100,
+    'grpc.max_reconnect_backoff_ms': 2000,
+    ...(serverName !== undefined && {
+      'grpc.ssl_target_name_override': serverName,
+      'grpc.default_authority': serverName,
+    }),
     ...options.channelOptions,
   }
 }
 
-function isLoopback(target: string): boolean {
-  return /^(?:dns:(?:\/\/\/)?|ipv4:|ipv6:)?(?:localhost|127\.[\d.]+|\[::1\])(?::\d+)?$/.test(target)
+function invalidOption(message: string): InvalidArgumentError {
+  return new InvalidArgumentError(message, { reason: 'INVALID_OPTION' })
 }
 
 const FRESHNESS = {
@@ -450,7 +670,7 @@ function fieldMask(fields: readonly string[] | undefined) {
 
 function unanswered(id: string): GetManyResult {
   const error = new InternalError('the service did not answer for this id', { id })
-  return { id, item: undefined, error, cache: undefined }
+  return { id, item: undefined, error, cache: undefined, near: false }
 }
 
 function manyResult(id: string, answer: BatchGetItemsResult | undefined): GetManyResult {
@@ -461,10 +681,28 @@ function manyResult(id: string, answer: BatchGetItemsResult | undefined): GetMan
     item: result.case === 'item' ? result.value : undefined,
     error: result.case === 'error' ? fromItemError(id, result.value, cache) : undefined,
     cache,
+    near: false,
   }
 }
 
-function targetOf(what: Invalidation): InvalidateItemsRequest['target'] {
+function nearResult(near: NearCache, id: string, options: GetManyOptions): GetManyResult | undefined {
+  try {
+    const hit = near.hit(id, options)
+    return hit && { id, item: hit.item, error: undefined, cache: hit.cache, near: true }
+  } catch (error) {
+    if (!(error instanceof NotFoundError)) throw error
+    return { id, item: undefined, error, cache: error.cache, near: true }
+  }
+}
+
+function invalidationRow(what: Invalidation, revision: number): LogRow {
+  const row = { revision, mode: what.mode === 'remove' ? 'REMOVE' : 'EXPIRE', ids: [], tags: [] } as const
+  if ('ids' in what) return { ...row, kind: 'KEYS_INVALIDATED', ids: what.ids }
+  if ('tags' in what) return { ...row, kind: 'TAGS_INVALIDATED', tags: what.tags }
+  return { ...row, kind: 'TENANT_INVALIDATED' }
+}
+
+function invalidated(what: Invalidation): InvalidateItemsRequest['target'] {
   if ('ids' in what) return { case: 'ids', value: create(ItemIdsSchema, { ids: [...what.ids] }) }
   if ('tags' in what) return { case: 'tags', value: create(ItemTagsSchema, { tags: [...what.tags] }) }
   return { case: 'all', value: true }

@@ -1,4 +1,5 @@
 /** What `@itemcache/client` offers. */
+export { type Cached, type CachedMethodOptions, type CachedOptions, cached } from './cached.ts'
 export {
   type CallOptions,
   type Client,
@@ -17,8 +18,10 @@ export {
   type ReadOptions,
   SERVICE_CONFIG,
   type TlsOptions,
+  type Token,
   type UpdateOptions,
   type WatchMetricsOptions,
+  type WatchOptions,
   type WriteOptions,
   type WriteResult,
 } from './client.ts'
@@ -41,6 +44,7 @@ export {
   UnimplementedError,
   type Violation,
 } from './errors.ts'
+export type { InvalidationEvent, WatchMessage } from './follow.ts'
 export {
   BreakerState,
   CacheOutcome,
@@ -61,3 +65,6 @@ export {
   type TierMetrics,
 } from './gen/itemcache/v1/item_cache_pb.ts'
 export { formatMoney, parseMoney } from './money.ts'
+export type { NearCacheOptions } from './near-cache.ts'
+export type { NearState } from './near-log.ts'
+export type { NearBounds, NearStats } from './near-store.ts'
