@@ -626,7 +626,7 @@ function channelOptions(target: string | readonly string[], options: ConnectOpti
     ...(isLocal(target) && { 'grpc.enable_http_proxy': 0 }),
     // grpc-js would wait up to two minutes before it tries an instance again that was restarted.
     'grpc.initial_reconnect_backoff_ms': 100,
-    'grpc.max_reconnect_backoff_ms': 2000,
+    'grpc.max_reconnect_backoff_ms': 500,
     ...(serverName !== undefined && {
       'grpc.ssl_target_name_override': serverName,
       'grpc.default_authority': serverName,
