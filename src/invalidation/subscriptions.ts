@@ -16,7 +16,7 @@ import { ItemCacheError } from '../errors.ts'
 import type { Metrics } from '../observe/metrics.ts'
 import type { LogEntry, LogSource, Revision } from '../tiers/tier.ts'
 import { aheadOfLog, type Follower, type Tail } from './tail.ts'
-import type { View } from './view.ts'
+import { HEARD_BOUND_MS, type View } from './view.ts'
 
 /** What a watcher wants. Durations in milliseconds. */
 export interface WatchRequest {
@@ -45,8 +45,8 @@ export type WatchMessage =
     }
   /** Watchers that are sent the same rows are given the same array, so that it can be encoded once. */
   | { readonly kind: 'batch'; readonly rows: readonly LogEntry[] }
-  /** Everything that was committed until `heardAfterMs` after the call began has been sent. */
-  | { readonly kind: 'heartbeat'; readonly revision: Revision; readonly heardAfterMs: number }
+  /** `heardMs`: what was committed earlier has been sent; milliseconds since `started` was made, maybe negative. */
+  | { readonly kind: 'heartbeat'; readonly revision: Revision; readonly heardMs: number }
   | { readonly kind: 'gap'; readonly after: Revision; readonly through: Revision }
   | { readonly kind: 'draining'; readonly position: Revision }
 
@@ -197,11 +197,10 @@ export class Subscriptions implements Follower {
     draining: AbortSignal,
   ): AsyncGenerator<WatchMessage> {
     const { tenant, connection } = request
-    const calledMs = this.#tail.now()
     const view = await this.#tail.activated(tenant, signal)
     const watched = this.#enter(tenant, connection, view)
     try {
-      yield* this.#follow(request, calledMs, view, watched, signal, draining)
+      yield* this.#follow(request, view, watched, signal, draining)
     } finally {
       this.#leave(tenant, connection, watched)
     }
@@ -209,7 +208,6 @@ export class Subscriptions implements Follower {
 
   async *#follow(
     request: WatchRequest,
-    calledMs: number,
     view: View,
     watched: Watched,
     signal: AbortSignal,
@@ -224,9 +222,12 @@ export class Subscriptions implements Follower {
     if (cursor > Math.max(position, revision)) {
       throw aheadOfLog('resume_after', cursor, revision)
     }
+    const startedMs = this.#tail.now()
     yield { kind: 'started', position: cursor, oldestResumable: oldest - 1, heartbeatMs }
     // Timers run in real time, so what paces them does too; the view's clock decides what a heartbeat may claim.
     let beatAtMs = performance.now()
+    // When the view had last heard of the log, as of the last moment at which the cursor had reached its position.
+    let provenMs = Number.NEGATIVE_INFINITY
     for (;;) {
       if (draining.aborted) {
         yield { kind: 'draining', position: cursor }
@@ -234,15 +235,16 @@ export class Subscriptions implements Follower {
       }
       signal.throwIfAborted()
       const { position: end } = view
+      if (cursor >= end) provenMs = view.heardMs
+      // No batch puts a heartbeat off: it alone tells how current the stream is. There is none while this instance does
+      // not hear of the log itself, or the watcher has fallen behind.
+      const dueInMs = beatAtMs + heartbeatMs - performance.now()
+      if (dueInMs <= 0 && this.#tail.now() - provenMs <= HEARD_BOUND_MS) {
+        yield { kind: 'heartbeat', revision: cursor, heardMs: provenMs - startedMs }
+        beatAtMs = performance.now()
+        continue
+      }
       if (cursor >= end) {
-        // Events do not put off a heartbeat: they do not prove that no others are missing. It is a proof only while
-        // this instance hears of the log itself.
-        const dueInMs = beatAtMs + heartbeatMs - performance.now()
-        if (dueInMs <= 0 && view.hasHeard(this.#tail.now())) {
-          yield { kind: 'heartbeat', revision: cursor, heardAfterMs: view.heardMs - calledMs }
-          beatAtMs = performance.now()
-          continue
-        }
         const woken = await this.#news(watched, Math.max(dueInMs, MIN_PAUSE_MS), signal, draining)
         if (woken && maxBatchDelayMs > 0) await pause(maxBatchDelayMs, signal, draining)
         continue
@@ -260,6 +262,7 @@ export class Subscriptions implements Follower {
         continue
       }
       cursor = rows.at(-1)?.revision ?? cursor
+      if (cursor >= view.position) provenMs = view.heardMs
       const wanted = select(rows, request)
       if (wanted.length === 0) continue
       yield { kind: 'batch', rows: wanted }

@@ -155,7 +155,7 @@ export class View {
     return this.#position
   }
 
-  /** When the last poll was sent whose complete answer has been applied; -Infinity: never. */
+  /** When the view last heard of the log: everything committed before has been applied. */
   get heardMs(): number {
     return this.#heardMs
   }

@@ -2,8 +2,10 @@
 import { randomBytes } from 'node:crypto'
 import type { EventEmitter } from 'node:events'
 import type {
+  handleBidiStreamingCall,
   handleServerStreamingCall,
   handleUnaryCall,
+  ServerDuplexStream,
   ServerUnaryCall,
   ServerWritableStream,
   sendUnaryData,
@@ -34,7 +36,10 @@ export interface CallFrame {
   readonly draining: AbortSignal
 }
 
-type AnyCall = ServerUnaryCall<unknown, Reply> | ServerWritableStream<unknown, Reply>
+type AnyCall =
+  | ServerUnaryCall<unknown, Reply>
+  | ServerWritableStream<unknown, Reply>
+  | ServerDuplexStream<unknown, Reply>
 
 /** What a handler knows of its call besides the request. */
 export class CallContext {
@@ -228,6 +233,164 @@ function flushed(
       resolve()
     })
   })
+}
+
+/**
+ * A handler of one look-up of a stream. It answers at once or later, failures among the answers: what it throws ends
+ * the stream. `signal` makes a signal that aborts when the caller went away or the server's own maximum has passed.
+ */
+export type LookUpHandler<Request> = (
+  request: Request,
+  context: CallContext,
+  signal: () => AbortSignal,
+) => Reply | Promise<Reply>
+
+/** Look-ups of one stream that are being loaded at once. While there are so many, no further one is read. */
+const MAX_LOADING = 500
+
+/**
+ * The frame of a stream of look-ups. Answers are written as they are ready; a look-up that is answered at once is
+ * answered in the tick in which it came. Reading stops while the caller does not take its answers, or while
+ * `MAX_LOADING` look-ups are under way: so a stream holds so many answers at most.
+ */
+export function lookUpStream<Request>(
+  frame: CallFrame,
+  method: string,
+  handler: LookUpHandler<Request>,
+): handleBidiStreamingCall<Request | Malformed, Reply> {
+  const rpc = frame.metrics.rpc(method)
+  return (call) => {
+    const account = new Account(frame, rpc, method)
+    const gone = new AbortController()
+    let context: CallContext | undefined
+    let loading = 0
+    let unsent = 0
+    let full = false
+    let ending: 'half-closed' | 'draining' | undefined
+    let over = false
+    let forgetCredential: (() => void) | undefined
+
+    const finish = () => {
+      over = true
+      frame.draining.removeEventListener('abort', drain)
+      forgetCredential?.()
+    }
+    const fail = (error: unknown) => {
+      if (over) return
+      finish()
+      gone.abort(error)
+      call.emit('error', account.fail(context, error))
+    }
+    const leave = () => fail(whyGone(call))
+    const endIfDone = () => {
+      if (over || ending === undefined || loading > 0 || unsent > 0) return
+      if (ending === 'draining') return fail(frame.draining.reason)
+      finish()
+      account.finish(context, status.OK)
+      call.end()
+    }
+    const drain = () => {
+      ending = 'draining'
+      call.pause()
+      endIfDone()
+    }
+    const readOn = () => {
+      if (!full && loading < MAX_LOADING && ending !== 'draining') call.resume()
+    }
+    const answer = (reply: Reply) => {
+      if (over) return
+      unsent++
+      full = !call.write(reply, () => {
+        unsent--
+        endIfDone()
+      })
+      if (full) call.pause()
+    }
+    const load = async (late: Promise<Reply>, timer: { stop(): void }) => {
+      loading++
+      if (loading >= MAX_LOADING) call.pause()
+      try {
+        answer(await late)
+      } catch (error) {
+        fail(error)
+      } finally {
+        timer.stop()
+        loading--
+        readOn()
+        endIfDone()
+      }
+    }
+
+    call.on('cancelled', leave)
+    call.on('close', leave)
+    call.on('error', leave)
+    call.on('drain', () => {
+      full = false
+      readOn()
+    })
+    call.on('end', () => {
+      ending ??= 'half-closed'
+      endIfDone()
+    })
+    // Nothing is read before it is known who calls.
+    const begin = (identity: Identity) => {
+      if (over) return
+      const known = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY)
+      context = known
+      forgetCredential = whenCredentialEnds(identity, fail)
+      if (over) return forgetCredential()
+      call.on('data', (message: Request | Malformed) => {
+        if (over) return
+        const patience = new LookUpTime(gone.signal, frame.maxDeadlineMs)
+        try {
+          const reply = handler(wellFormed(message), known, () => patience.signal)
+          if (reply instanceof Promise) void load(reply, patience)
+          else answer(reply)
+        } catch (error) {
+          patience.stop()
+          fail(error)
+        }
+      })
+      if (frame.draining.aborted) drain()
+      else frame.draining.addEventListener('abort', drain, { once: true })
+    }
+    try {
+      const identity = admitted(frame, method, call)
+      if (identity instanceof Promise) identity.then(begin).catch(fail)
+      else begin(identity)
+    } catch (error) {
+      fail(error)
+    }
+  }
+}
+
+/** How long one look-up of a stream may take. Costs nothing until its signal is asked for. */
+class LookUpTime {
+  readonly #gone: AbortSignal
+  readonly #maxMs: number
+  #timer: NodeJS.Timeout | undefined
+  #controller: AbortController | undefined
+  readonly #leave = () => this.#controller?.abort(this.#gone.reason)
+
+  constructor(gone: AbortSignal, maxMs: number) {
+    this.#gone = gone
+    this.#maxMs = maxMs
+  }
+
+  get signal(): AbortSignal {
+    if (this.#controller === undefined) {
+      const controller = new AbortController()
+      this.#controller = controller
+      this.#gone.addEventListener('abort', this.#leave, { once: true })
+      this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.#maxMs)
+    }
+    return this.#controller.signal
+  }
+
+  stop(): void {
+    clearTimeout(this.#timer)
+    this.#gone.removeEventListener('abort', this.#leave)
+  }
 }
 
 function wellFormed<Request>(request: Request | Malformed): Request {

@@ -78,6 +78,24 @@ export function encodeGetItem(result: GetItemResult, cache: CacheStatus, revisio
   return writer.finish()
 }
 
+/** A `StreamItemsResponse`. */
+export function encodeStreamItem(
+  correlationId: bigint,
+  result: GetItemResult | { readonly kind: 'error'; readonly error: ItemCacheError },
+  cache: CacheStatus | undefined,
+  revision: number,
+): Uint8Array {
+  const writer = new BinaryWriter()
+  if (correlationId !== 0n) writer.tag(1, WireType.Varint).uint64(correlationId)
+  if (result.kind === 'item') writer.tag(2, WireType.LengthDelimited).bytes(result.bytes)
+  else if (result.kind === 'not-modified') writer.tag(3, WireType.Varint).bool(true)
+  else if (result.kind === 'error')
+    writer.tag(4, WireType.LengthDelimited).bytes(encodeItemError(result.error))
+  if (cache !== undefined) writer.tag(5, WireType.LengthDelimited).bytes(toBinary(CacheStatusSchema, cache))
+  if (revision !== 0) writer.tag(6, WireType.Varint).int64(revision)
+  return writer.finish()
+}
+
 /** One `BatchGetItemsResult`. */
 export interface BatchResult {
   readonly id: string

@@ -31,6 +31,7 @@ import {
   ItemCacheService,
   type ListItemsRequest,
   SkipReason,
+  type StreamItemsRequest,
   type UpdateItemRequest,
   UpdateItemRequestSchema,
   type WatchMetricsRequest,
@@ -52,6 +53,7 @@ import {
   type CallContext,
   type CallFrame,
   deadlinePassed,
+  lookUpStream,
   type StreamHandler,
   serverStream,
   unary,
@@ -63,6 +65,7 @@ import {
   encodeGetItem,
   encodeList,
   encodePage,
+  encodeStreamItem,
   encodeWritten,
   masked,
   SKIP_REASONS,
@@ -71,7 +74,7 @@ import {
 import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-mask.ts'
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration } from './status.ts'
+import { toDuration, toItemCacheError } from './status.ts'
 import {
   checkDraft,
   checkId,
@@ -134,6 +137,47 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       return encodeGetItem({ kind: 'not-modified' }, cache, copy.asOf)
     }
     return encodeGetItem({ kind: 'item', bytes: masked(copy.bytes, mask) }, cache, copy.asOf)
+  }
+
+  /** One look-up of a stream: whatever is wrong with it concerns no other. */
+  function streamItem(
+    request: StreamItemsRequest,
+    { tenant }: CallContext,
+    signal: () => AbortSignal,
+  ): Reply | Promise<Reply> {
+    const { correlationId, id, ifNoneMatch } = request
+    const refuse = (error: unknown) => {
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
+      })
+      return encodeStreamItem(correlationId, { kind: 'error', error: known }, undefined, 0)
+    }
+    try {
+      frame.rateLimit?.take(tenant)
+      const violations = new Violations()
+      checkId(id, 'id', violations)
+      const options = readOptions(request.options, violations)
+      const mask = itemMask(request.readMask, 'read_mask', violations)
+      violations.throwIfAny()
+      const finish = (answer: Answer): Uint8Array => {
+        const cache = cacheStatus(answer, reader.now())
+        const { copy } = answer
+        if (copy === undefined) return encodeStreamItem(correlationId, { kind: 'none' }, cache, 0)
+        const { bytes, asOf } = copy
+        if (bytes === undefined) {
+          return encodeStreamItem(correlationId, { kind: 'error', error: notFound(id) }, cache, asOf)
+        }
+        if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) {
+          return encodeStreamItem(correlationId, { kind: 'not-modified' }, cache, asOf)
+        }
+        return encodeStreamItem(correlationId, { kind: 'item', bytes: masked(bytes, mask) }, cache, asOf)
+      }
+      const hit = reader.hit(tenant, id, options)
+      if (hit !== undefined) return finish(hit)
+      return reader.load(tenant, id, options, signal()).then(finish).catch(refuse)
+    } catch (error) {
+      return refuse(error)
+    }
   }
 
   async function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Promise<Reply> {
@@ -340,7 +384,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
   return {
     GetItem: on('GetItem', getItem),
     BatchGetItems: on('BatchGetItems', batchGetItems),
-    StreamItems: serverStream(frame, methodName('StreamItems'), notOffered),
+    StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
     ListItems: on('ListItems', listItems),
     CreateItem: on('CreateItem', createItem),
     UpdateItem: on('UpdateItem', updateItem),
@@ -364,11 +408,6 @@ const MODES: Readonly<Record<InvalidationMode, DomainMode>> = {
   [InvalidationMode.UNSPECIFIED]: 'EXPIRE',
   [InvalidationMode.EXPIRE]: 'EXPIRE',
   [InvalidationMode.REMOVE]: 'REMOVE',
-}
-
-// biome-ignore lint/correctness/useYield: it refuses before the first message
-async function* notOffered(): AsyncGenerator<Reply> {
-  throw new ItemCacheError('unimplemented', 'this release does not offer the RPC')
 }
 
 function notFound(id: string): ItemCacheError {

@@ -1,7 +1,7 @@
 /** WatchInvalidations: the log as a stream of messages. */
 import { create, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
 import { BinaryWriter, WireType } from '@bufbuild/protobuf/wire'
-import { timestampFromMs } from '@bufbuild/protobuf/wkt'
+import { type DurationSchema, timestampFromMs } from '@bufbuild/protobuf/wkt'
 import {
   InvalidationEventSchema,
   InvalidationKind,
@@ -15,7 +15,7 @@ import { DEFAULT_READ, type Reader } from '../service/read.ts'
 import type { LogEntry } from '../tiers/tier.ts'
 import type { CallContext, StreamHandler } from './call.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration, toSignedDuration } from './status.ts'
+import { toDuration } from './status.ts'
 import {
   checkId,
   checkListSize,
@@ -107,7 +107,7 @@ function encode(message: WatchMessage): Reply {
     case 'heartbeat':
       return event({
         case: 'heartbeat',
-        value: { revision: BigInt(message.revision), heardAfter: toSignedDuration(message.heardAfterMs) },
+        value: { revision: BigInt(message.revision), heardAfter: signedDuration(message.heardMs) },
       })
     case 'gap':
       return event({ case: 'gap', value: { after: BigInt(message.after), through: BigInt(message.through) } })
@@ -118,6 +118,12 @@ function encode(message: WatchMessage): Reply {
 
 function event(init: NonNullable<MessageInitShape<typeof WatchInvalidationsResponseSchema>['event']>): Reply {
   return create(WatchInvalidationsResponseSchema, { event: init })
+}
+
+/** Rounded down, also below zero: a heartbeat must not claim more than is known. */
+function signedDuration(ms: number): MessageInitShape<typeof DurationSchema> {
+  const whole = Math.floor(ms)
+  return { seconds: BigInt(Math.trunc(whole / 1000)), nanos: (whole % 1000) * 1_000_000 }
 }
 
 const BATCH_FIELD = 2

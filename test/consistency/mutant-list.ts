@@ -692,8 +692,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: STREAMS,
-        find: `yield { kind: 'heartbeat', revision: cursor,`,
-        put: `yield { kind: 'heartbeat', revision: cursor + 1,`,
+        find: `yield { kind: 'heartbeat', revision: cursor, heardMs`,
+        put: `yield { kind: 'heartbeat', revision: cursor + 1, heardMs`,
       },
     ],
     profile: calm({}),

@@ -617,21 +617,6 @@ test('a revision of the next timeline may be right, for the database may have fa
   expect(refused.retry).toBeDefined()
 })
 
-test('UNIMPLEMENTED is the answer of StreamItems', async () => {
-  const identity = (value: Buffer) => value
-  const call = service.client.raw.makeBidiStreamRequest(
-    `/${ItemCacheService.typeName}/StreamItems`,
-    identity,
-    identity,
-  )
-  const { promise, resolve } = Promise.withResolvers<ServiceError>()
-  call.on('error', (error) => resolve(error as ServiceError)).on('data', () => {})
-  expect(failureOf(await promise)).toMatchObject({
-    code: status.UNIMPLEMENTED,
-    info: { reason: 'UNIMPLEMENTED' },
-  })
-})
-
 test('errors about one item name it in their details, whatever its id is', async () => {
   const { call } = newCaller(service)
   const id = 'é 💡 %'

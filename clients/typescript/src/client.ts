@@ -1,24 +1,21 @@
 /** The client: typed calls with defaults that suit most callers. `connect` is the only way to get one. */
 import { randomUUID } from 'node:crypto'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { create, type MessageInitShape } from '@bufbuild/protobuf'
 import type { Duration } from '@bufbuild/protobuf/wkt'
 import { type ChannelCredentials, type ChannelOptions, credentials } from '@grpc/grpc-js'
-import { toDuration, toMs } from './duration.ts'
+import { toDuration } from './duration.ts'
 import {
-  DeadlineExceededError,
+  CancelledError,
   fromItemError,
   InternalError,
   InvalidArgumentError,
   type ItemCacheError,
   NotFoundError,
-  UnavailableError,
 } from './errors.ts'
+import { durationOf, follow, type WatchMessage } from './follow.ts'
 import {
   type BatchGetItemsResult,
-  CacheOutcome,
   type CacheStatus,
-  CacheStatusSchema,
   Freshness,
   type InspectItemResponse,
   type InvalidateItemsRequest,
@@ -30,19 +27,15 @@ import {
   ItemTagsSchema,
   type MetricsSnapshot,
   type ReadOptionsSchema,
-  StaleReason,
 } from './gen/itemcache/v1/item_cache_pb.ts'
-import {
-  type Copy,
-  NearCache,
-  type NearCacheOptions,
-  type NearCacheStats,
-  type Wanted,
-} from './near-cache.ts'
-import { type CallOptions, metadataOf, Transport } from './transport.ts'
-import { type FollowParts, follow, type WatchMessage, type WatchOptions } from './watch.ts'
+import { NearCache, type NearCacheOptions, rowOf, tagsOf } from './near-cache.ts'
+import type { LogRow, NearLog } from './near-log.ts'
+import type { NearStats } from './near-store.ts'
+import { Pipeline } from './pipeline.ts'
+import { isLocal, targetOf } from './target.ts'
+import { type CallOptions, checkedTimeout, metadataOf, type Token, Transport } from './transport.ts'
 
-export type { CallOptions } from './transport.ts'
+export type { CallOptions, Token } from './transport.ts'
 
 const { method } = ItemCacheService
 
@@ -84,6 +77,8 @@ export interface TlsOptions {
   /** The client's own certificate chain, for mTLS; with `key`. */
   readonly cert?: string | Buffer | undefined
   readonly key?: string | Buffer | undefined
+  /** The name that the service's certificate must have. Default: the host of the target, of several the first. */
+  readonly serverName?: string | undefined
 }
 
 /** How a client calls. Everything has a default. */
@@ -96,14 +91,23 @@ export interface ConnectOptions {
   readonly clientId?: string | undefined
   /** `true`: TLS with the certificates that Node trusts. Default: no TLS. */
   readonly tls?: boolean | TlsOptions | undefined
+  /**
+   * Sent as `authorization: Bearer …` with every call; a function is asked for it each time, so it may renew it. Without
+   * TLS only to addresses of this machine: elsewhere everybody could read it.
+   */
+  readonly token?: Token | undefined
+  /** Connections that take turns, 1 to 64. One is enough unless the service is far or its instances are many. Default: 1. */
+  readonly connections?: number | undefined
+  /** Look-ups of `get` share one stream per connection instead of being calls of their own. Default: false. */
+  readonly pipeline?: boolean | undefined
+  /** Keeps items in this process, and follows invalidations to keep them right. Default: none. */
+  readonly nearCache?: NearCacheOptions | undefined
   /** While calls are under way, a silent connection is probed after this time. Default: 20,000. */
   readonly keepaliveMs?: number | undefined
   /** A probe that is not answered within this time ends the connection. Default: 5,000. */
   readonly keepaliveTimeoutMs?: number | undefined
   /** HTTP/2 window of the connection and of each call. Default: 1 MiB. */
   readonly flowControlWindowBytes?: number | undefined
-  /** Keeps copies of items in this process, which the stream of invalidations keeps right. Default: none. */
-  readonly nearCache?: NearCacheOptions | undefined
   /** Options of the grpc-js channel; they win over everything above. */
   readonly channelOptions?: ChannelOptions | undefined
 }
@@ -128,6 +132,8 @@ export interface ReadOptions {
   readonly maxStalenessMs?: number | undefined
   /** Whether a copy past its freshness may be served while it is reloaded. Default: true. */
   readonly allowStale?: boolean | undefined
+  /** `false`: the near cache does not answer. Its knowledge still counts: no answer is older. Default: true. */
+  readonly near?: boolean | undefined
   /** The fields of the item to return, as `title`, `price.units`, `imageUri` or `image_uri`. Default: all. */
   readonly fields?: readonly string[] | undefined
 }
@@ -141,10 +147,10 @@ export interface GetResult {
   /** `undefined` only when `notModified`, and for a miss with `cache-only`. An absent item is a NotFoundError. */
   readonly item: Item | undefined
   readonly notModified: boolean
-  /** The answer came out of the near cache; its `cache` names no tier. */
-  readonly near: boolean
-  /** Where the answer came from. */
+  /** Where the answer came from; of one of the near cache: where it once did. */
   readonly cache: CacheStatus | undefined
+  /** The near cache answered. Its items are frozen: copy one to change it. */
+  readonly near: boolean
   /** The answer is the tenant's state at this revision. */
   readonly revision: bigint
 }
@@ -156,10 +162,10 @@ export interface GetManyResult {
   readonly id: string
   readonly item: Item | undefined
   readonly error: ItemCacheError | undefined
-  /** The answer came out of the near cache. */
-  readonly near: boolean
   /** Where the answer came from; `undefined` with an error that no tier gave. */
   readonly cache: CacheStatus | undefined
+  /** The near cache answered. */
+  readonly near: boolean
 }
 
 export interface ListOptions extends CallOptions {
@@ -235,134 +241,139 @@ export type Invalidation = (
   readonly mode?: 'expire' | 'remove' | undefined
 }
 
+export interface WatchOptions {
+  /** Continue exactly after this revision. OutOfRangeError when it is ahead of the log. Default: begin now. */
+  readonly resumeAfter?: bigint | undefined
+  /** Only events that may concern one of these, at most 500. Default, with no `tags`: all. */
+  readonly ids?: readonly string[] | undefined
+  /** Only events that may concern one of these tags or categories, at most 32. */
+  readonly tags?: readonly string[] | undefined
+  /** Events `upserted` carry their items. Default: false. */
+  readonly includeItems?: boolean | undefined
+  /** Milliseconds between heartbeats, 100 to 60,000. Default: 500. */
+  readonly heartbeatMs?: number | undefined
+  /** Milliseconds that events may wait to be sent together, up to 1,000. Default: 0. */
+  readonly maxBatchDelayMs?: number | undefined
+  /** Leave out what clients with this client's `clientId` write. Default: false. */
+  readonly excludeOwnWrites?: boolean | undefined
+  /** Aborting it ends the watch with CancelledError. */
+  readonly signal?: AbortSignal | undefined
+  readonly metadata?: Readonly<Record<string, string>> | undefined
+}
+
 export interface WatchMetricsOptions extends CallOptions {
   /** Milliseconds between two snapshots: 100 to 3,600,000. Default: 1,000. */
   readonly intervalMs?: number | undefined
 }
 
 /**
- * A client of the service at `target`: `host:port`, or one of gRPC's address forms (`dns:///…`, `ipv4:…`, `unix:…`).
- * It connects at the first call, and again whenever it must. Throws InvalidArgumentError for options that cannot be.
+ * A client of the service at `target`: `host:port`, one of gRPC's address forms (`dns:///…`, `ipv4:…`, `unix:…`), or
+ * several of them, which take turns. It connects at the first call, and again whenever it must. Throws
+ * InvalidArgumentError for options that cannot be.
  */
-export function connect(target: string, options: ConnectOptions = {}): Client {
+export function connect(target: string | readonly string[], options: ConnectOptions = {}): Client {
   return new Client(target, options)
 }
+
+const now = () => performance.now()
 
 /** Calls of an ItemCache service. Every method rejects with ItemCacheError only. */
 export class Client implements AsyncDisposable {
   readonly #transport: Transport
   readonly #reading: Readonly<Record<string, string>>
   readonly #writing: Readonly<Record<string, string>>
-  readonly #timeoutMs: number
-  readonly #follow: FollowParts
+  readonly #clientId: string
+  readonly #pipeline: Pipeline | undefined
   readonly #near: NearCache | undefined
-  /** Loads for the near cache, by id. */
-  readonly #flights = new Map<string, Promise<GetResult>>()
+  readonly #closed = new AbortController()
+  readonly #watching = new Set<Promise<unknown>>()
 
-  constructor(target: string, options: ConnectOptions) {
-    const { tenant, clientId, timeoutMs = 1000 } = options
+  constructor(target: string | readonly string[], options: ConnectOptions) {
+    const { tenant, clientId, timeoutMs = 1000, token, connections = 1 } = options
     this.#reading = tenant === undefined ? {} : { 'x-tenant-id': tenant }
     this.#writing = clientId === undefined ? this.#reading : { ...this.#reading, 'x-client-id': clientId }
+    this.#clientId = clientId ?? ''
     metadataOf(this.#writing)
-    this.#transport = new Transport(
-      target,
-      credentialsOf(options.tls),
-      channelOptions(target, options),
-      timeoutMs,
-    )
-    this.#timeoutMs = timeoutMs
-    this.#follow = {
-      transport: this.#transport,
-      metadata: this.#reading,
-      now: () => performance.now(),
-      random: Math.random,
-      sleep: (ms, signal) => sleep(ms, undefined, { ...(signal && { signal }) }).catch(() => {}),
+    if (!Number.isInteger(connections) || connections < 1 || connections > 64) {
+      throw invalidOption(`connections must be a whole number from 1 to 64, got ${connections}`)
     }
+    if (token !== undefined && (options.tls ?? false) === false && !isLocal(target)) {
+      throw invalidOption('a token is sent to other machines with TLS only')
+    }
+    this.#transport = new Transport({
+      target: targetOf(target),
+      credentials: credentialsOf(options.tls),
+      channel: channelOptions(target, options),
+      timeoutMs: checkedTimeout(timeoutMs),
+      connections,
+      token,
+    })
+    if (options.pipeline) this.#pipeline = new Pipeline(this.#transport, this.#reading)
     if (options.nearCache !== undefined) {
       try {
-        this.#near = new NearCache(options.nearCache, this.#follow)
+        this.#near = new NearCache(options.nearCache, now)
       } catch (cause) {
-        throw new InvalidArgumentError((cause as Error).message, { reason: 'INVALID_NEAR_CACHE', cause })
+        throw invalidOption(cause instanceof Error ? cause.message : 'nearCache is not valid')
       }
+      this.#watching.add(this.#near.run(this.#transport, this.#reading, this.#closed.signal))
     }
-  }
-
-  /** What the near cache has done, and how it is; `undefined` without one. */
-  get nearCache(): NearCacheStats | undefined {
-    return this.#near?.stats
   }
 
   /** One item. NotFoundError when it is absent. */
-  get(id: string, options: GetOptions = {}): Promise<GetResult> {
-    return this.#near === undefined ? this.#get(id, options) : this.#getNear(this.#near, id, options)
+  async get(id: string, options: GetOptions = {}): Promise<GetResult> {
+    const near = this.#near
+    if (near === undefined) return this.#get(id, options)
+    const { freshness = 'default', fields, ifNoneMatch, metadata } = options
+    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
+      const hit = near.hit(id, options)
+      if (hit !== undefined) {
+        const notModified = ifNoneMatch !== undefined && hit.item?.etag === ifNoneMatch
+        return { ...hit, item: notModified ? undefined : hit.item, notModified, near: true }
+      }
+    }
+    if (freshness === 'cache-only') return this.#get(id, options)
+    if (fields !== undefined || ifNoneMatch !== undefined) {
+      // Not a whole item: of no use to the cache, but bound to what it knows.
+      const floor = near.floorOf([id])
+      const { minRevision = 0n } = options
+      return this.#get(id, { ...options, minRevision: floor > minRevision ? floor : minRevision })
+    }
+    const { minRevision, maxStalenessMs, allowStale } = options
+    const plain = freshness === 'default' && metadata === undefined && allowStale !== false
+    const shared =
+      plain && minRevision === undefined && maxStalenessMs === undefined && options.near !== false
+    const read = { ...options, timeoutMs: checkedTimeout(options.timeoutMs ?? this.#transport.timeoutMs) }
+    const answer = await near.load(id, read, shared, (atLeast, timeoutMs) =>
+      this.#get(id, {
+        ...options,
+        ...(shared && { signal: undefined }),
+        timeoutMs,
+        minRevision: atLeast,
+      }),
+    )
+    return 'near' in answer ? answer : { ...answer, notModified: false, near: true }
   }
 
+  /** Asks the service. */
   async #get(id: string, options: GetOptions): Promise<GetResult> {
-    const { result, cache, revision } = await this.#transport.unary(
-      method.getItem,
-      {
-        id,
-        options: readOptions(options),
-        readMask: fieldMask(options.fields),
-        ifNoneMatch: options.ifNoneMatch ?? '',
-      },
-      this.#toRead(options),
-    )
+    const request = {
+      id,
+      options: readOptions(options),
+      readMask: fieldMask(options.fields),
+      ifNoneMatch: options.ifNoneMatch ?? '',
+    }
+    const pipeline = options.metadata === undefined ? this.#pipeline : undefined
+    const { result, cache, revision } =
+      pipeline === undefined
+        ? await this.#transport.unary(method.getItem, request, this.#toRead(options))
+        : await pipeline.lookUp(request, options)
+    if (result.case === 'error') throw fromItemError(id, result.value, cache)
     return {
       item: result.case === 'item' ? result.value : undefined,
       notModified: result.case === 'notModified' && result.value,
-      near: false,
       cache,
+      near: false,
       revision,
-    }
-  }
-
-  /** From the near cache, or from the service; those who miss the same item at the same time share a call. */
-  async #getNear(near: NearCache, id: string, options: GetOptions): Promise<GetResult> {
-    const wanted = wantedOf(options)
-    if (!mayBeNear(options)) return this.#load(near, id, options, wanted)
-    const copy = near.get(id, wanted)
-    if (copy !== undefined) return nearResult(copy, undefined)
-    if (!isOrdinary(options)) return this.#load(near, id, options, wanted)
-    const flight = this.#flights.get(id)
-    if (flight !== undefined) {
-      await flight.catch(() => {})
-      // What was asked for before this reader came must pass the rule now.
-      const landed = near.get(id, wanted)
-      return landed === undefined ? this.#load(near, id, options, wanted) : nearResult(landed, undefined)
-    }
-    const load = this.#load(near, id, options, wanted).finally(() => this.#flights.delete(id))
-    this.#flights.set(id, load)
-    return load
-  }
-
-  /** From the service, and nothing older than what is known here. */
-  async #load(near: NearCache, id: string, options: GetOptions, wanted: Wanted): Promise<GetResult> {
-    const { timeoutMs = this.#timeoutMs } = options
-    const beganMs = performance.now()
-    let minRevision = Math.max(wanted.minRevision, near.least(id))
-    for (let attempt = 1; ; attempt++) {
-      const sentAtMs = performance.now()
-      const left = attempt === 1 ? timeoutMs : timeoutMs - (sentAtMs - beganMs)
-      let answer: GetResult | NotFoundError
-      try {
-        if (!(left > 0))
-          throw new DeadlineExceededError('the service did not catch up with the stream in time')
-        answer = await this.#get(id, { ...options, timeoutMs: left, minRevision: BigInt(minRevision) })
-      } catch (error) {
-        if (!(error instanceof NotFoundError)) return staleInstead(near, id, options, wanted, error)
-        answer = error
-      }
-      if (takes(near, id, answer, sentAtMs, options)) {
-        if (answer instanceof NotFoundError) throw answer
-        return answer
-      }
-      if (attempt === MAX_ATTEMPTS) {
-        throw new UnavailableError('the service is behind what its stream has shown', {
-          reason: 'BEHIND_STREAM',
-        })
-      }
-      minRevision = Math.max(minRevision, near.least(id), near.position)
     }
   }
 
@@ -371,43 +382,61 @@ export class Client implements AsyncDisposable {
    * Asked for in batches of 500, each with its own deadline; rejects when a batch as a whole fails.
    */
   async getMany(ids: Iterable<string>, options: GetManyOptions = {}): Promise<Map<string, GetManyResult>> {
-    const all = [...new Set(ids)]
-    const results = new Map<string, GetManyResult>(all.map((id) => [id, unanswered(id)]))
+    const distinct = [...new Set(ids)]
+    const results = new Map<string, GetManyResult>(distinct.map((id) => [id, unanswered(id)]))
     const near = this.#near
-    const wanted = wantedOf(options)
-    const copies = near !== undefined && mayBeNear(options) ? all.map((id) => near.get(id, wanted)) : []
-    for (const copy of copies) if (copy !== undefined) results.set(copy.id, nearManyResult(copy))
-    const distinct = all.filter((_, i) => copies[i] === undefined)
+    if (near === undefined) {
+      await this.#getBatches(distinct, options, 0n, (result) => results.set(result.id, result))
+      return results
+    }
+    const { freshness = 'default', fields, metadata } = options
+    let rest = distinct
+    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
+      rest = distinct.filter((id) => {
+        const held = nearResult(near, id, options)
+        if (held !== undefined) results.set(id, held)
+        return held === undefined
+      })
+    }
+    const overtaken: string[] = []
+    const { epoch } = near.log
+    const floor = freshness === 'cache-only' ? 0n : near.floorOf(rest)
+    await this.#getBatches(rest, options, floor, (result) => {
+      const { id, item, error, cache } = result
+      results.set(id, result)
+      if (fields !== undefined || (item === undefined && !(error instanceof NotFoundError))) return
+      if (!near.admit(id, item, cache, epoch) && freshness !== 'cache-only') overtaken.push(id)
+    })
+    // Whatever an event has overtaken on its way is asked for again.
+    await this.#getBatches(overtaken, options, near.known(overtaken), (result) =>
+      results.set(result.id, result),
+    )
+    return results
+  }
+
+  async #getBatches(
+    ids: readonly string[],
+    options: GetManyOptions,
+    atLeast: bigint,
+    take: (result: GetManyResult) => void,
+  ): Promise<void> {
     const failed = new AbortController()
     const signal = options.signal ? AbortSignal.any([options.signal, failed.signal]) : failed.signal
-    const common = { options: readOptions(options), readMask: fieldMask(options.fields) }
+    const { minRevision = 0n } = options
+    const read = readOptions({ ...options, minRevision: atLeast > minRevision ? atLeast : minRevision })
+    const common = { options: read, readMask: fieldMask(options.fields) }
     let next = 0
     const work = async () => {
-      while (next < distinct.length) {
-        const batch = distinct.slice(next, next + BATCH_IDS)
+      while (next < ids.length) {
+        const batch = ids.slice(next, next + BATCH_IDS)
         next += BATCH_IDS
-        const least = near === undefined ? 0 : Math.max(...batch.map((id) => near.least(id)))
         const request = { ...common, ids: batch }
-        if (least > wanted.minRevision) request.options = { ...common.options, minRevision: BigInt(least) }
-        const sentAtMs = performance.now()
         const answer = await this.#transport.unary(
           method.batchGetItems,
           request,
           this.#toRead({ ...options, signal }),
         )
-        const late: string[] = []
-        for (const [i, id] of batch.entries()) {
-          const result = manyResult(id, answer.results[i])
-          results.set(id, result)
-          const { error = result } = result
-          if (near === undefined || (error !== result && !(error instanceof NotFoundError))) continue
-          const answered = error instanceof NotFoundError ? error : { ...result, notModified: false }
-          if (!takes(near, id, answered, sentAtMs, options)) late.push(id)
-        }
-        // Older than what is known here by now: each is asked for again.
-        await Promise.all(
-          late.map(async (id) => results.set(id, await this.#again(id, { ...options, signal }))),
-        )
+        for (const [i, id] of batch.entries()) take(manyResult(id, answer.results[i]))
       }
     }
     try {
@@ -415,17 +444,6 @@ export class Client implements AsyncDisposable {
     } finally {
       // When one batch fails, the others are of no use any more.
       failed.abort()
-    }
-    return results
-  }
-
-  async #again(id: string, options: GetManyOptions): Promise<GetManyResult> {
-    try {
-      const { item, cache, near } = await this.get(id, options)
-      return { id, item, error: undefined, near, cache }
-    } catch (error) {
-      const { cache } = error as ItemCacheError
-      return { id, item: undefined, error: error as ItemCacheError, near: false, cache }
     }
   }
 
@@ -447,6 +465,7 @@ export class Client implements AsyncDisposable {
       const request = { category, tag, pageSize, pageToken }
       const page = await this.#transport.unary(method.listItems, request, this.#toRead(options))
       const { items, nextPageToken, revision, cache } = page
+      for (const item of items) this.#near?.listed(item, revision)
       yield { items, nextPageToken, revision, cache }
       pageToken = nextPageToken
     } while (pageToken !== '')
@@ -472,31 +491,25 @@ export class Client implements AsyncDisposable {
     return this.#written(await this.#transport.unary(method.updateItem, request, this.#toWrite(options)))
   }
 
-  #written(answer: { item?: Item | undefined; revision: bigint }): WriteResult {
-    const item = present(answer.item, 'a write')
-    this.#near?.wrote(item.id, 'EXPIRE', Number(answer.revision))
-    return { item, revision: answer.revision }
-  }
-
   /** Deletes an item. It stays deleted, whatever the origin says. NotFoundError when it is absent. */
   async delete(id: string, options: DeleteOptions = {}): Promise<{ readonly revision: bigint }> {
     const { etag = '', allowMissing = false } = options
     const request = { id, etag, allowMissing, requestId: requestId(options) }
     const { revision } = await this.#transport.unary(method.deleteItem, request, this.#toWrite(options))
-    this.#near?.wrote(id, 'REMOVE', Number(revision))
+    this.#told({ revision: Number(revision), kind: 'DELETED', mode: 'REMOVE', ids: [id], tags: [] })
     return { revision }
   }
 
   /** Makes every cache distrust the copies that it holds of the named items. */
   async invalidate(what: Invalidation, options: WriteOptions = {}): Promise<{ readonly revision: bigint }> {
     const request = {
-      target: targetOf(what),
+      target: invalidated(what),
       mode: what.mode === 'remove' ? InvalidationMode.REMOVE : InvalidationMode.EXPIRE,
       refreshOrigin: 'ids' in what && (what.refreshOrigin ?? false),
       requestId: requestId(options),
     }
     const { revision } = await this.#transport.unary(method.invalidateItems, request, this.#toWrite(options))
-    this.#near?.invalidated(invalidationOf(what), Number(revision))
+    this.#told(invalidationRow(what, Number(revision)))
     return { revision }
   }
 
@@ -520,19 +533,64 @@ export class Client implements AsyncDisposable {
   }
 
   /**
-   * The tenant's invalidations, in the order of revisions, each once, until the caller breaks off. It goes on by itself after
-   * any disconnect, on whichever instance; what nobody can tell any more comes as a `gap`. OutOfRangeError: `resumeAfter` is
-   * ahead of the log, which is another one than it was.
+   * The tenant's invalidations, in order, each once. It resumes by itself after whatever breaks the connection, on any
+   * instance: see `disconnected` and `resumed`. What the service no longer holds is a `gap`. A consumer that is slow
+   * slows the stream down and loses nothing within the service's retention. Ends when the caller breaks off.
    */
-  watch(options: WatchOptions = {}): AsyncGenerator<WatchMessage, void, undefined> {
-    return follow(this.#follow, options)
+  async *watch(options: WatchOptions = {}): AsyncGenerator<WatchMessage, void, undefined> {
+    const { resumeAfter, ids = [], tags = [], includeItems = false, excludeOwnWrites = false } = options
+    const request = {
+      ...(resumeAfter !== undefined && { resumeAfter }),
+      ids: [...ids],
+      tags: [...tags],
+      heartbeatInterval: durationOf(options.heartbeatMs),
+      maxBatchDelay: durationOf(options.maxBatchDelayMs),
+      includeItems,
+      excludeOwnWrites,
+      clientId: this.#clientId,
+    }
+    const signal = options.signal
+      ? AbortSignal.any([options.signal, this.#closed.signal])
+      : this.#closed.signal
+    const metadata = { ...options.metadata, ...this.#reading }
+    for await (const message of follow(this.#transport, { request, metadata, signal, now })) {
+      // What a caller was shown counts: the near cache's own stream may be behind this one.
+      if (message.kind === 'event') this.#told(rowOf(message))
+      yield message
+    }
+  }
+
+  /** Hits, misses, lag and state of the near cache; `undefined` when there is none. */
+  nearStats(): NearStats | undefined {
+    return this.#near?.stats()
+  }
+
+  /** @internal What `cached` needs of the near cache. Throws InvalidArgumentError when there is none. */
+  nearLog(): { readonly log: NearLog; readonly now: () => number } {
+    if (this.#near !== undefined) return { log: this.#near.log, now }
+    throw invalidOption('cached needs a client that was connected with nearCache')
   }
 
   /** Takes no more calls, ends streams with CancelledError, and resolves when the calls under way are over. */
   async close(): Promise<void> {
-    const closing = this.#transport.close()
-    await this.#near?.close()
-    await closing
+    if (!this.#closed.signal.aborted) {
+      this.#closed.abort(new CancelledError('the client is closed'))
+    }
+    await this.#transport.close(this.#pipeline?.close())
+    await Promise.allSettled(this.#watching)
+    this.#near?.close()
+  }
+
+  #told(row: LogRow): void {
+    this.#near?.log.acknowledge(row)
+  }
+
+  #written(answer: { item?: Item | undefined; revision: bigint }): WriteResult {
+    const result = written(answer)
+    const { item } = result
+    const revision = Number(result.revision)
+    this.#told({ revision, kind: 'UPSERTED', mode: 'EXPIRE', ids: [item.id], tags: tagsOf(item) })
+    return result
   }
 
   /** As `close`, for `await using`. */
@@ -556,7 +614,8 @@ function credentialsOf(tls: ConnectOptions['tls'] = false): ChannelCredentials {
   return credentials.createSsl(pem(ca), pem(key), pem(cert))
 }
 
-function channelOptions(target: string, options: ConnectOptions): ChannelOptions {
+function channelOptions(target: string | readonly string[], options: ConnectOptions): ChannelOptions {
+  const serverName = typeof options.tls === 'object' ? options.tls.serverName : undefined
   return {
     'grpc.service_config': JSON.stringify(SERVICE_CONFIG),
     'grpc.keepalive_time_ms': options.keepaliveMs ?? 20_000,
@@ -564,13 +623,20 @@ function channelOptions(target: string, options: ConnectOptions): ChannelOptions
     'grpc.max_receive_message_length': MAX_ANSWER_BYTES,
     'grpc-node.flow_control_window': options.flowControlWindowBytes ?? FLOW_CONTROL_WINDOW_BYTES,
     // A proxy of the environment cannot reach this machine's own addresses; grpc-js would ask it nonetheless.
-    ...(isLoopback(target) && { 'grpc.enable_http_proxy': 0 }),
+    ...(isLocal(target) && { 'grpc.enable_http_proxy': 0 }),
+    // grpc-js would wait up to two minutes before it tries an instance again that was restarted.
+    'grpc.initial_reconnect_backoff_ms': 100,
+    'grpc.max_reconnect_backoff_ms': 500,
+    ...(serverName !== undefined && {
+      'grpc.ssl_target_name_override': serverName,
+      'grpc.default_authority': serverName,
+    }),
     ...options.channelOptions,
   }
 }
 
-function isLoopback(target: string): boolean {
-  return /^(?:dns:(?:\/\/\/)?|ipv4:|ipv6:)?(?:localhost|127\.[\d.]+|\[::1\])(?::\d+)?$/.test(target)
+function invalidOption(message: string): InvalidArgumentError {
+  return new InvalidArgumentError(message, { reason: 'INVALID_OPTION' })
 }
 
 const FRESHNESS = {
@@ -604,7 +670,7 @@ function fieldMask(fields: readonly string[] | undefined) {
 
 function unanswered(id: string): GetManyResult {
   const error = new InternalError('the service did not answer for this id', { id })
-  return { id, item: undefined, error, near: false, cache: undefined }
+  return { id, item: undefined, error, cache: undefined, near: false }
 }
 
 function manyResult(id: string, answer: BatchGetItemsResult | undefined): GetManyResult {
@@ -614,128 +680,38 @@ function manyResult(id: string, answer: BatchGetItemsResult | undefined): GetMan
     id,
     item: result.case === 'item' ? result.value : undefined,
     error: result.case === 'error' ? fromItemError(id, result.value, cache) : undefined,
-    near: false,
     cache,
+    near: false,
   }
 }
 
-function targetOf(what: Invalidation): InvalidateItemsRequest['target'] {
+function nearResult(near: NearCache, id: string, options: GetManyOptions): GetManyResult | undefined {
+  try {
+    const hit = near.hit(id, options)
+    return hit && { id, item: hit.item, error: undefined, cache: hit.cache, near: true }
+  } catch (error) {
+    if (!(error instanceof NotFoundError)) throw error
+    return { id, item: undefined, error, cache: error.cache, near: true }
+  }
+}
+
+function invalidationRow(what: Invalidation, revision: number): LogRow {
+  const row = { revision, mode: what.mode === 'remove' ? 'REMOVE' : 'EXPIRE', ids: [], tags: [] } as const
+  if ('ids' in what) return { ...row, kind: 'KEYS_INVALIDATED', ids: what.ids }
+  if ('tags' in what) return { ...row, kind: 'TAGS_INVALIDATED', tags: what.tags }
+  return { ...row, kind: 'TENANT_INVALIDATED' }
+}
+
+function invalidated(what: Invalidation): InvalidateItemsRequest['target'] {
   if ('ids' in what) return { case: 'ids', value: create(ItemIdsSchema, { ids: [...what.ids] }) }
   if ('tags' in what) return { case: 'tags', value: create(ItemTagsSchema, { tags: [...what.tags] }) }
   return { case: 'all', value: true }
 }
 
-function invalidationOf(what: Invalidation): Parameters<NearCache['invalidated']>[0] {
-  const mode = what.mode === 'remove' ? 'REMOVE' : 'EXPIRE'
-  if ('ids' in what) return { kind: 'KEYS_INVALIDATED', mode, ids: what.ids, tags: [] }
-  if ('tags' in what) return { kind: 'TAGS_INVALIDATED', mode, ids: [], tags: what.tags }
-  return { kind: 'TENANT_INVALIDATED', mode, ids: [], tags: [] }
-}
-
 const requestId = (options: WriteOptions): string => options.requestId ?? randomUUID()
 
-/** Times that the service is asked for an answer that is not older than what the near cache knows. */
-const MAX_ATTEMPTS = 3
-
-function wantedOf({ minRevision = 0n, maxStalenessMs = Number.POSITIVE_INFINITY }: ReadOptions): Wanted {
-  return { minRevision: Number(minRevision), maxStalenessMs }
-}
-
-/** Whether a whole copy will do. */
-function mayBeNear({ freshness, fields, ifNoneMatch }: GetOptions): boolean {
-  return freshness !== 'fresh' && fields === undefined && ifNoneMatch === undefined
-}
-
-/** Whether a call asks for nothing in particular, so that it can be shared. */
-function isOrdinary(options: GetOptions): boolean {
-  return Object.values(options).every((value) => value === undefined)
-}
-
-/** Shows an answer to the near cache. False: it is older than what is known there. */
-function takes(
-  near: NearCache,
-  id: string,
-  answer: Pick<GetResult, 'item' | 'cache' | 'notModified'> | NotFoundError,
-  sentAtMs: number,
-  { fields }: ReadOptions,
-): boolean {
-  const { cache } = answer
-  const item = answer instanceof NotFoundError ? undefined : answer.item
-  const isAbsent = answer instanceof NotFoundError
-  // A miss with cache-only says nothing; an answer that is undated can neither be judged nor kept.
-  if (cache === undefined || (item === undefined && !isAbsent && !answer.notModified)) return true
-  const copy: Copy = {
-    id,
-    asOf: Number(cache.asOf),
-    item: item && deepFreeze(item),
-    tags: item === undefined ? [] : item.category === '' ? item.tags : [...item.tags, item.category],
-    verifiedAtMs: sentAtMs - (toMs(cache.age) ?? 0),
-    freshUntilMs: sentAtMs + (toMs(cache.freshFor) ?? 0),
-  }
-  const isWhole = fields === undefined && (item !== undefined || isAbsent)
-  return near.arrived(copy, isWhole && cache.outcome !== CacheOutcome.STALE)
-}
-
-/** A copy that the service cannot replace now, marked; or the error. */
-function staleInstead(
-  near: NearCache,
-  id: string,
-  options: GetOptions,
-  wanted: Wanted,
-  error: unknown,
-): GetResult {
-  const isDown = error instanceof UnavailableError || error instanceof DeadlineExceededError
-  const may = isDown && options.allowStale !== false && mayBeNear(options)
-  const copy = may ? near.staleInstead(id, wanted) : undefined
-  if (copy === undefined) throw error
-  return nearResult(copy, StaleReason.TIER_DOWN)
-}
-
-/** Throws NotFoundError for a copy that says that the item is absent. */
-function nearResult(copy: Copy, stale: StaleReason | undefined): GetResult {
-  const cache = nearStatus(copy, stale)
-  if (copy.item === undefined) {
-    throw new NotFoundError('the item does not exist', { reason: 'ITEM_NOT_FOUND', id: copy.id, cache })
-  }
-  return { item: copy.item, notModified: false, near: true, cache, revision: cache.asOf }
-}
-
-function nearManyResult(copy: Copy): GetManyResult {
-  const { id, item } = copy
-  const cache = nearStatus(copy, undefined)
-  const error =
-    item === undefined
-      ? new NotFoundError('the item does not exist', { reason: 'ITEM_NOT_FOUND', id, cache })
-      : undefined
-  return { id, item, error, near: true, cache }
-}
-
-function nearStatus(
-  { asOf, item, verifiedAtMs, freshUntilMs }: Copy,
-  stale: StaleReason | undefined,
-): CacheStatus {
-  const now = performance.now()
-  return create(CacheStatusSchema, {
-    outcome:
-      stale !== undefined
-        ? CacheOutcome.STALE
-        : item === undefined
-          ? CacheOutcome.NEGATIVE_HIT
-          : CacheOutcome.HIT,
-    ...(stale !== undefined && { staleReason: stale }),
-    age: toDuration(now - verifiedAtMs),
-    freshFor: toDuration(Math.max(0, freshUntilMs - now)),
-    asOf: BigInt(asOf),
-  })
-}
-
-/** Copies are shared by all who read them: whoever changes one gets a TypeError. */
-function deepFreeze<T extends object>(value: T): T {
-  for (const part of Object.values(value)) {
-    // Bytes (of fields that only a newer service knows) cannot be frozen.
-    if (typeof part === 'object' && part !== null && !ArrayBuffer.isView(part)) deepFreeze(part)
-  }
-  return Object.freeze(value)
+function written({ item, revision }: { item?: Item | undefined; revision: bigint }): WriteResult {
+  return { item: present(item, 'a write'), revision }
 }
 
 function present<T>(value: T | undefined, where: string): T {

@@ -1,4 +1,5 @@
 /** What `@itemcache/client` offers. */
+export { type Cached, type CachedMethodOptions, type CachedOptions, cached } from './cached.ts'
 export {
   type CallOptions,
   type Client,
@@ -17,8 +18,10 @@ export {
   type ReadOptions,
   SERVICE_CONFIG,
   type TlsOptions,
+  type Token,
   type UpdateOptions,
   type WatchMetricsOptions,
+  type WatchOptions,
   type WriteOptions,
   type WriteResult,
 } from './client.ts'
@@ -41,14 +44,12 @@ export {
   UnimplementedError,
   type Violation,
 } from './errors.ts'
+export type { InvalidationEvent, WatchMessage } from './follow.ts'
 export {
   BreakerState,
   CacheOutcome,
   type CacheStatus,
   type InspectItemResponse,
-  type InvalidationEvent,
-  InvalidationKind,
-  InvalidationMode,
   type Item,
   ItemSource,
   type Latency,
@@ -64,5 +65,6 @@ export {
   type TierMetrics,
 } from './gen/itemcache/v1/item_cache_pb.ts'
 export { formatMoney, parseMoney } from './money.ts'
-export type { NearCacheOptions, NearCacheState, NearCacheStats } from './near-cache.ts'
-export type { WatchMessage, WatchOptions } from './watch.ts'
+export type { NearCacheOptions } from './near-cache.ts'
+export type { NearState } from './near-log.ts'
+export type { NearBounds, NearStats } from './near-store.ts'

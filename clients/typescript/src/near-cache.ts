@@ -1,331 +1,354 @@
 /**
- * The near cache: copies of items in the memory of the caller's process, kept right by the stream of invalidations.
- *
- * It is one more reader of the tenant's log. Every copy carries the revision of the state that it was read from; the `View`,
- * which is the service's own, decides whether a copy may be served as current. What an instance of the service may say
- * it may say, with the same bound: a copy is served as current only for 1.5 s after a moment until which the
- * stream is known to be complete. That moment comes from the heartbeats (`heardMs`), so neither a stream that is
- * interrupted nor one that is held up on its way makes an old copy look current.
- *
- * - An event raises the floors of what it names, and then the position; a gap distrusts what is older than its end.
- * - What this client has written, and whatever it has been shown, counts at once: it never goes back behind it. The
- *   service is asked for at least that revision.
- * - An answer is kept iff it passes when it arrives.
- * - After a disconnect the stream goes on after the position. When that is ahead of the log, the log is another one,
- *   and everything is forgotten.
+ * The near cache: items in this process, kept right by the invalidation stream. It decides what may be served from
+ * here; what cannot be is read from the service, with the floors that are known here as `min_revision`, so that no answer
+ * is older than what the stream has shown.
  */
-
-import { type LogRow, View } from '../../../src/invalidation/view.ts'
-import { Lru } from '../../../src/tiers/lru.ts'
-import { ItemCacheError, OutOfRangeError } from './errors.ts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { create } from '@bufbuild/protobuf'
+import { toDuration, toMs } from './duration.ts'
 import {
-  type InvalidationEvent,
-  InvalidationKind,
-  InvalidationMode,
+  CancelledError,
+  DeadlineExceededError,
+  NotFoundError,
+  OutOfRangeError,
+  UnavailableError,
+} from './errors.ts'
+import { type FollowMessage, follow } from './follow.ts'
+import {
+  CacheOutcome,
+  type CacheStatus,
+  CacheStatusSchema,
   type Item,
+  StaleReason,
 } from './gen/itemcache/v1/item_cache_pb.ts'
-import { type FollowParts, follow } from './watch.ts'
+import { type LogRow, NearLog } from './near-log.ts'
+import { type NearBounds, type NearStats, NearStore } from './near-store.ts'
+import type { Transport } from './transport.ts'
 
-/** Bounds of a near cache. */
-export interface NearCacheOptions {
-  /** The most items that are kept. */
-  readonly maxEntries: number
-  /** About the most bytes that they may take. Default: no bound but `maxEntries`. */
-  readonly maxBytes?: number | undefined
-  /** Milliseconds between two heartbeats of the stream: 100 to 750. Default: 250. */
-  readonly heartbeatMs?: number | undefined
+export interface NearCacheOptions extends NearBounds {
   /**
-   * For how long, in milliseconds since it was verified, a copy that is no longer current may be served, marked, while
-   * the service does not answer. Default: 0, never.
+   * Milliseconds since an item was read for which it may be served, marked STALE, when the service does not answer and the
+   * caller allows stale answers. Items that were deleted or removed are never served. Default: 0, not at all.
    */
   readonly maxStaleMs?: number | undefined
 }
 
-/**
- * - `starting`: the stream has not begun yet; every read goes to the service.
- * - `current`: copies are served.
- * - `unverified`: the stream is interrupted, or brings no proof; every read goes to the service.
- * - `closed`
- */
-export type NearCacheState = 'starting' | 'current' | 'unverified' | 'closed'
+/** Half of the bound, so that a lost heartbeat costs nothing. */
+const HEARTBEAT_MS = 250
+const MAX_FLOORS = 10_000
+/** Before the stream is tried again after an error that a retry is not likely to help. */
+const REFUSED_PAUSE_MS = 5000
 
-/** What a near cache has done so far, and how it is. */
-export interface NearCacheStats {
-  readonly state: NearCacheState
-  readonly hits: number
-  readonly misses: number
-  readonly entries: number
-  readonly bytes: number
-  readonly evictions: number
-  /** Events that were applied. */
-  readonly events: number
-  readonly gaps: number
-  readonly disconnects: number
-  /** The revision up to which the log has been applied. */
-  readonly position: bigint
-  /** Milliseconds since the moment until which the stream is known to be complete; `undefined`: never. */
-  readonly lagMs: number | undefined
+/** What the near cache must know of how a read is made. */
+export interface NearRead {
+  readonly minRevision?: bigint | undefined
+  readonly maxStalenessMs?: number | undefined
+  readonly allowStale?: boolean | undefined
+  readonly signal?: AbortSignal | undefined
+  /** For the whole read, whatever it takes. */
+  readonly timeoutMs: number
 }
 
-/** A state of an item at a revision. `item` is `undefined` when it is absent. */
-export interface Copy {
-  readonly id: string
-  readonly asOf: number
+/** An answer of the service, or of the near cache. */
+export interface NearAnswer {
   readonly item: Item | undefined
-  /** A category counts as a tag. */
-  readonly tags: readonly string[]
-  /** When the service had verified it at the latest, and until when it is fresh, by the near cache's clock. */
-  readonly verifiedAtMs: number
-  readonly freshUntilMs: number
+  readonly cache: CacheStatus | undefined
+  readonly revision: bigint
 }
 
-/** How new a copy must be. */
-export interface Wanted {
-  readonly minRevision: number
-  readonly maxStalenessMs: number
-}
+/** Reads from the service. Rejects as `Client.get` does. */
+export type Fetch<A extends NearAnswer> = (minRevision: bigint, timeoutMs: number) => Promise<A>
 
-/** Per copy, besides its text: what decoded items were measured to take. */
-const COPY_BYTES = 1_800
-const TEXT_FACTOR = 2
-/** Floors are kept for more keys than copies: a reader may be loading others. */
-const MIN_FLOORS = 10_000
-/** After an error that trying again at once would not mend. */
-const RETRY_MS = 5_000
+interface Held {
+  /** Frozen, since all readers share it. `undefined`: absent. */
+  readonly item: Item | undefined
+  readonly cache: CacheStatus
+}
 
 export class NearCache {
-  readonly #options: NearCacheOptions
-  readonly #parts: FollowParts
-  readonly #copies: Lru<Copy>
-  readonly #closing = new AbortController()
-  readonly #running: Promise<void>
-  #view: View
-  #active = false
-  #hits = 0
-  #misses = 0
-  #events = 0
-  #gaps = 0
-  #disconnects = 0
+  readonly log: NearLog
+  readonly #store: NearStore<Held>
+  readonly #now: () => number
+  readonly #maxStaleMs: number
+  readonly #flights = new Map<string, Promise<unknown>>()
 
-  /** Begins to follow at once. Throws RangeError for bounds that are not positive. */
-  constructor(options: NearCacheOptions, parts: FollowParts) {
-    const { maxEntries, maxBytes, heartbeatMs = 250 } = options
-    if (!(heartbeatMs >= 100 && heartbeatMs <= 750)) {
-      throw new RangeError(`heartbeatMs should be 100 to 750, got ${heartbeatMs}`)
+  constructor(options: NearCacheOptions, now: () => number) {
+    this.#now = now
+    this.#maxStaleMs = options.maxStaleMs ?? 0
+    this.log = new NearLog({ now, maxFloors: MAX_FLOORS })
+    this.#store = new NearStore(this.log, options, now)
+  }
+
+  stats(): NearStats {
+    return this.#store.stats()
+  }
+
+  close(): void {
+    this.#store.close()
+  }
+
+  /** A current copy that does for this read. Throws NotFoundError when it says that the item is absent. */
+  hit(id: string, { minRevision = 0n, maxStalenessMs }: Omit<NearRead, 'timeoutMs'>): NearAnswer | undefined {
+    const copy = this.#store.get(id)
+    if (copy === undefined) return undefined
+    const ageMs = (toMs(copy.value.cache.age) ?? 0) + this.#now() - copy.storedAtMs
+    if (copy.asOf < minRevision || (maxStalenessMs !== undefined && ageMs > maxStalenessMs)) {
+      this.#store.unsuitable()
+      return undefined
     }
-    this.#options = options
-    this.#parts = parts
-    this.#copies = new Lru({ maxEntries, ...(maxBytes !== undefined && { maxBytes }), now: parts.now })
-    this.#view = this.#newView()
-    this.#running = this.#run(heartbeatMs)
-  }
-
-  get stats(): NearCacheStats {
-    const { entries, bytes, evictions } = this.#copies.stats()
-    const { heardMs, position } = this.#view
-    return {
-      state: this.#state(),
-      hits: this.#hits,
-      misses: this.#misses,
-      entries,
-      bytes,
-      evictions: evictions.entries + evictions.bytes,
-      events: this.#events,
-      gaps: this.#gaps,
-      disconnects: this.#disconnects,
-      position: BigInt(position),
-      lagMs: Number.isFinite(heardMs) ? this.#parts.now() - heardMs : undefined,
-    }
-  }
-
-  /** The current copy, if there is one that is new enough. Counts as a read. */
-  get(id: string, wanted: Wanted): Copy | undefined {
-    const found = this.#copies.get(id)
-    const copy = found && this.#current(found, wanted)
-    if (copy === undefined) this.#misses++
-    else this.#hits++
-    return copy
-  }
-
-  /** The least revision that the service must be asked for, so that its answer is not older than what is known here. */
-  least(id: string): number {
-    const { keyFloor, tenantFloor } = this.#view.describe(id, [])
-    return Math.max(keyFloor, tenantFloor)
+    return answerOf(id, copy.value, copy.asOf, ageMs, this.#now() - copy.storedAtMs, undefined)
   }
 
   /**
-   * Takes an answer of the service. False: it is older than what is known here, so it must not be served. `keep`: whether
-   * it is the whole state of the item, unmarked.
+   * Reads an item that is not here. Callers who ask for nothing special share one load; who joined one takes its result
+   * only if it passes the rule when it comes, else loads for itself.
    */
-  arrived(copy: Copy, keep: boolean): boolean {
-    this.#view.seen(copy.asOf)
-    if (this.#view.judge(copy) !== 'current') return false
-    this.#view.ahead(copy)
-    if (keep) this.#set(copy)
-    return true
+  async load<A extends NearAnswer>(
+    id: string,
+    read: NearRead,
+    shared: boolean,
+    fetch: Fetch<A>,
+  ): Promise<A | NearAnswer> {
+    const deadlineMs = this.#now() + read.timeoutMs
+    const leftMs = () => {
+      const ms = deadlineMs - this.#now()
+      if (ms > 0) return ms
+      throw new DeadlineExceededError('the deadline has passed', { id })
+    }
+    const loadCurrent = () => this.#loadCurrent(id, read, (atLeast) => fetch(atLeast, leftMs()))
+    try {
+      if (!shared) return await loadCurrent()
+      const flight = this.#flights.get(id)
+      if (flight === undefined) {
+        const own = loadCurrent()
+        const settled = own.then(
+          () => this.#flights.delete(id),
+          () => this.#flights.delete(id),
+        )
+        this.#flights.set(id, settled)
+        return await patiently(own, read.signal, leftMs())
+      }
+      await patiently(flight, read.signal, leftMs())
+      const hit = this.#store.stale(id, Number.POSITIVE_INFINITY)
+      if (hit !== undefined && this.log.isCurrent() && this.log.judge(hit) === 'current') {
+        this.#store.coalesced++
+        return answerOf(id, hit.value, hit.asOf, toMs(hit.value.cache.age) ?? 0, 0, 'coalesced')
+      }
+      return await loadCurrent()
+    } catch (error) {
+      const unanswered = error instanceof UnavailableError || error instanceof DeadlineExceededError
+      if (!unanswered || read.allowStale === false || this.#maxStaleMs === 0) throw error
+      const copy = this.#store.stale(id, this.#maxStaleMs)
+      if (copy?.value.item === undefined || copy.asOf < (read.minRevision ?? 0n)) throw error
+      this.#store.staleServed++
+      const sinceMs = this.#now() - copy.storedAtMs
+      return answerOf(
+        id,
+        copy.value,
+        copy.asOf,
+        (toMs(copy.value.cache.age) ?? 0) + sinceMs,
+        sinceMs,
+        'stale',
+      )
+    }
   }
 
-  /** The revision up to which the log has been applied. */
-  get position(): number {
-    return this.#view.position
+  /** An answer that is not older than what is known here, as of its arrival. */
+  async #loadCurrent<A extends NearAnswer>(
+    id: string,
+    read: NearRead,
+    fetch: (minRevision: bigint) => Promise<A>,
+  ): Promise<A> {
+    const wanted = read.minRevision ?? 0n
+    const epoch = this.log.epoch
+    let floor = BigInt(this.log.floorOf(id))
+    for (let attempt = 1; ; attempt++) {
+      const minRevision = floor > wanted ? floor : wanted
+      try {
+        const answer = await fetch(minRevision)
+        if (this.admit(id, answer.item, answer.cache, epoch) || attempt === 3) return answer
+      } catch (error) {
+        if (error instanceof NotFoundError) {
+          if (this.admit(id, undefined, error.cache, epoch) || attempt === 3) throw error
+        } else if (error instanceof OutOfRangeError && minRevision > wanted) {
+          // The log is another one: the stream will find that out, too.
+          return await fetch(wanted)
+        } else throw error
+      }
+      // It was overtaken: by the event of its key, or of a tag that was not known before it came.
+      floor = this.known([id])
+    }
   }
 
-  /** An item that this client has written, or deleted, is acknowledged: nothing older is served from now on. */
-  wrote(id: string, mode: LogRow['mode'], revision: number): void {
-    this.#acknowledge({
-      revision,
-      kind: mode === 'REMOVE' ? 'DELETED' : 'UPSERTED',
-      mode,
-      ids: [id],
-      tags: [],
-    })
+  /**
+   * Takes an answer of the service for what it is: shown, and stored iff it passes. False when it is older than what is
+   * known here, so that the caller should ask again. What the service itself marks as stale is not stored.
+   */
+  admit(id: string, item: Item | undefined, cache: CacheStatus | undefined, epoch = this.log.epoch): boolean {
+    if (cache === undefined || epoch !== this.log.epoch) return true
+    const tags = item === undefined ? [] : tagsOf(item)
+    const copy = { id, asOf: Number(cache.asOf), tags, value: { item: freeze(item), cache } }
+    if (cache.outcome === CacheOutcome.STALE) return this.log.judge(copy) === 'current'
+    return this.#store.put(
+      copy,
+      item === undefined ? 256 + id.length : sizeOf(item),
+      toMs(cache.freshFor) ?? 0,
+    )
   }
 
-  /** An invalidation by this client is acknowledged. */
-  invalidated(row: Omit<LogRow, 'revision'>, revision: number): void {
-    this.#acknowledge({ ...row, revision })
+  /** An item was shown in a list. What is held already is not put in doubt by it. */
+  listed(item: Item, revision: bigint): void {
+    if (this.#store.peek(item.id)?.value.item?.revision === item.revision) return
+    this.log.shown({ id: item.id, asOf: Number(revision), tags: [] })
   }
 
-  /** A copy that may be served, marked, because the service does not answer: never one that was removed. */
-  staleInstead(id: string, { minRevision }: Wanted): Copy | undefined {
-    const { maxStaleMs = 0 } = this.#options
-    const copy = this.#copies.peek(id)
-    if (copy?.item === undefined || this.#view.judge(copy) === 'removed') return undefined
-    if (copy.asOf < minRevision || this.#parts.now() - copy.verifiedAtMs > maxStaleMs) return undefined
-    return copy
+  /** What an answer must reach so that no event that is known here, of whatever tag, has overtaken it. */
+  known(ids: readonly string[]): bigint {
+    const floor = this.floorOf(ids)
+    const position = BigInt(this.log.position)
+    return floor > position ? floor : position
   }
 
-  /** Stops following, and forgets everything. */
-  async close(): Promise<void> {
-    this.#closing.abort()
-    this.#copies.clear()
-    await this.#running
+  /** The largest floor of these ids: what a batch must reach. */
+  floorOf(ids: readonly string[]): bigint {
+    return BigInt(ids.reduce((floor, id) => Math.max(floor, this.log.floorOf(id)), 0))
   }
 
-  #acknowledge(row: LogRow): void {
-    this.#view.seen(row.revision)
-    this.#view.acknowledge(row)
-  }
-
-  #current(found: Copy, { minRevision, maxStalenessMs }: Wanted): Copy | undefined {
-    const now = this.#parts.now()
-    const view = this.#view
-    if (!this.#active || !view.hasHeard(now) || view.judge(found) !== 'current') return undefined
-    const asOf = view.stamp(found.asOf)
-    const copy = asOf === found.asOf ? found : { ...found, asOf }
-    if (copy !== found) this.#copies.replace(copy.id, copy)
-    view.ahead(copy)
-    const fits =
-      copy.asOf >= minRevision && now - copy.verifiedAtMs < maxStalenessMs && now < copy.freshUntilMs
-    return fits ? copy : undefined
-  }
-
-  #set(copy: Copy): void {
-    const stored = this.#copies.peek(copy.id)
-    if (stored !== undefined && stored.asOf > copy.asOf) return
-    const { maxStaleMs = 0 } = this.#options
-    const untilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + maxStaleMs)
-    const stamped = { ...copy, asOf: this.#view.stamp(copy.asOf) }
-    this.#copies.set(copy.id, stamped, costOf(copy), copy.freshUntilMs, untilMs)
-  }
-
-  #state(): NearCacheState {
-    if (this.#closing.signal.aborted) return 'closed'
-    if (!this.#active) return 'starting'
-    return this.#view.hasHeard(this.#parts.now()) ? 'current' : 'unverified'
-  }
-
-  #newView(): View {
-    return new View(Math.max(this.#options.maxEntries, MIN_FLOORS))
-  }
-
-  async #run(heartbeatMs: number): Promise<void> {
-    const { signal } = this.#closing
+  /** Follows the log until the signal aborts; never throws. */
+  async run(
+    transport: Transport,
+    metadata: Readonly<Record<string, string>>,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const request = { heartbeatInterval: toDuration(HEARTBEAT_MS) }
     while (!signal.aborted) {
       try {
-        const resumeAfter = this.#active ? BigInt(this.#view.position) : undefined
-        for await (const message of follow(this.#parts, { heartbeatMs, resumeAfter, signal })) {
-          switch (message.kind) {
-            case 'started':
-              this.#started(Number(message.position))
-              break
-            case 'event':
-              this.#apply(message.event)
-              break
-            case 'heartbeat':
-              this.#reach(Number(message.revision))
-              if (message.heardMs !== undefined) this.#view.heard(message.heardMs)
-              break
-            case 'gap':
-              this.#gaps++
-              this.#reach(Number(message.through))
-              break
-            case 'disconnected':
-              this.#disconnects++
-          }
+        for await (const message of follow(transport, { request, metadata, signal, now: this.#now })) {
+          this.follow(message)
         }
       } catch (error) {
-        if (signal.aborted) return
-        if (error instanceof OutOfRangeError) this.#forget()
-        else if (error instanceof ItemCacheError) await this.#parts.sleep(RETRY_MS, signal)
-        else throw error
+        this.log.connected = false
+        if (error instanceof OutOfRangeError) this.log.reset()
+        else await sleep(REFUSED_PAUSE_MS, undefined, { signal, ref: false }).catch(() => {})
       }
     }
   }
 
-  #started(position: number): void {
-    if (this.#active) return
-    // What was read before is not covered by the stream; nothing is heard of yet.
-    this.#view.activate(position, [], Number.NEGATIVE_INFINITY)
-    this.#active = true
-  }
-
-  /** The floors of an event, then the position. Revisions that were passed over are a gap that nobody has named. */
-  #apply(event: InvalidationEvent): void {
-    const row = rowOf(event)
-    if (row.revision <= this.#view.position) return
-    this.#view.seen(row.revision)
-    this.#reach(row.revision - 1)
-    this.#view.apply(row)
-    this.#events++
-  }
-
-  #reach(revision: number): void {
-    if (revision <= this.#view.position) return
-    this.#view.seen(revision)
-    this.#view.jump(revision)
-  }
-
-  #forget(): void {
-    this.#copies.clear()
-    this.#view = this.#newView()
-    this.#active = false
+  /** Applies one message of the stream. */
+  follow(message: FollowMessage): void {
+    const { log } = this
+    switch (message.kind) {
+      case 'started':
+        log.connected = true
+        log.started(Number(message.position))
+        break
+      case 'event':
+        log.event(rowOf(message))
+        break
+      case 'gap':
+        log.gap(Number(message.through))
+        break
+      case 'heartbeat':
+        log.heartbeat(Number(message.revision), message.heardAtMs)
+        break
+      case 'disconnected':
+        log.connected = false
+        break
+      case 'resumed':
+        log.connected = true
+        break
+    }
   }
 }
 
-const KINDS: ReadonlyMap<InvalidationKind, LogRow['kind']> = new Map([
-  [InvalidationKind.UPSERTED, 'UPSERTED'],
-  [InvalidationKind.DELETED, 'DELETED'],
-  [InvalidationKind.KEYS_INVALIDATED, 'KEYS_INVALIDATED'],
-  [InvalidationKind.TAGS_INVALIDATED, 'TAGS_INVALIDATED'],
-])
+const KINDS = {
+  upserted: 'UPSERTED',
+  deleted: 'DELETED',
+  'keys-invalidated': 'KEYS_INVALIDATED',
+  'tags-invalidated': 'TAGS_INVALIDATED',
+  'tenant-invalidated': 'TENANT_INVALIDATED',
+} as const
 
-/** An event as the view takes it. Kinds of a newer service concern the whole tenant. */
-function rowOf({ revision, kind, mode, ids, tags }: InvalidationEvent): LogRow {
+/** An event as the rule wants it. */
+export function rowOf(event: Extract<FollowMessage, { kind: 'event' }>): LogRow {
   return {
-    revision: Number(revision),
-    kind: KINDS.get(kind) ?? 'TENANT_INVALIDATED',
-    mode: mode === InvalidationMode.EXPIRE ? 'EXPIRE' : 'REMOVE',
-    ids,
-    tags,
+    revision: Number(event.revision),
+    kind: KINDS[event.event],
+    mode: event.mode === 'expire' ? 'EXPIRE' : 'REMOVE',
+    ids: event.ids,
+    tags: event.tags,
   }
 }
 
-function costOf({ id, item }: Copy): number {
-  if (item === undefined) return COPY_BYTES / 4 + TEXT_FACTOR * id.length
-  const { title, description, category, imageUri, tags, attributes, etag } = item
-  let text = id.length + title.length + description.length + category.length + imageUri.length + etag.length
-  for (const tag of tags) text += 8 + tag.length
-  if (attributes !== undefined) text += 4 * JSON.stringify(attributes).length
-  return COPY_BYTES + TEXT_FACTOR * text
+/** The tags by which an item is invalidated: its category is one. */
+export function tagsOf({ tags, category }: Item): readonly string[] {
+  return category === '' ? tags : [...tags, category]
+}
+
+function answerOf(
+  id: string,
+  { item, cache }: Held,
+  asOf: number,
+  ageMs: number,
+  sinceMs: number,
+  how: 'stale' | 'coalesced' | undefined,
+): NearAnswer {
+  const absent = item === undefined
+  const status = create(CacheStatusSchema, {
+    tier: cache.tier,
+    outcome: how === 'stale' ? CacheOutcome.STALE : absent ? CacheOutcome.NEGATIVE_HIT : CacheOutcome.HIT,
+    staleReason: how === 'stale' ? StaleReason.UNVERIFIED : StaleReason.UNSPECIFIED,
+    coalesced: how === 'coalesced',
+    age: toDuration(ageMs),
+    asOf: BigInt(asOf),
+    ...(how !== 'stale' && {
+      freshFor: toDuration(Math.max(0, (toMs(cache.freshFor) ?? 0) - sinceMs)),
+    }),
+  })
+  if (absent) {
+    throw new NotFoundError('the item does not exist', { reason: 'ITEM_NOT_FOUND', id, cache: status })
+  }
+  return { item, cache: status, revision: BigInt(asOf) }
+}
+
+/** Waits as long as the caller does. What is waited for goes on for the others. */
+async function patiently<T>(
+  promise: Promise<T>,
+  signal: AbortSignal | undefined,
+  timeoutMs: number,
+): Promise<T> {
+  const given = Promise.withResolvers<never>()
+  const cancel = () => given.reject(new CancelledError('the call was cancelled', { cause: signal?.reason }))
+  const late = () => given.reject(new DeadlineExceededError('the deadline has passed'))
+  const timer = setTimeout(late, timeoutMs)
+  if (signal?.aborted) cancel()
+  signal?.addEventListener('abort', cancel, { once: true })
+  try {
+    return await Promise.race([promise, given.promise])
+  } finally {
+    clearTimeout(timer)
+    signal?.removeEventListener('abort', cancel)
+  }
+}
+
+function freeze<T>(value: T): T {
+  // Bytes (of unknown fields) cannot be frozen.
+  if (typeof value !== 'object' || value === null || ArrayBuffer.isView(value) || Object.isFrozen(value)) {
+    return value
+  }
+  for (const part of Object.values(value)) freeze(part)
+  return Object.freeze(value)
+}
+
+/** About what an item takes in memory: two bytes a character, and something for each object. */
+function sizeOf(value: unknown): number {
+  switch (typeof value) {
+    case 'string':
+      return 24 + value.length * 2
+    case 'object':
+      if (value === null) return 8
+      return Object.entries(value).reduce((sum, [key, part]) => sum + key.length + 16 + sizeOf(part), 64)
+    default:
+      return 16
+  }
 }

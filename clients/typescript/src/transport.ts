@@ -2,6 +2,7 @@
 import {
   create,
   type DescMessage,
+  type DescMethodBiDiStreaming,
   type DescMethodServerStreaming,
   type DescMethodUnary,
   fromBinary,
@@ -11,6 +12,7 @@ import {
 } from '@bufbuild/protobuf'
 import {
   type ChannelCredentials,
+  type ClientDuplexStream,
   type ClientOptions,
   type ClientReadableStream,
   type ClientUnaryCall,
@@ -19,10 +21,19 @@ import {
   Metadata,
   type ServiceError,
 } from '@grpc/grpc-js'
-import { CancelledError, fromServiceError, InvalidArgumentError } from './errors.ts'
+import {
+  CancelledError,
+  fromServiceError,
+  InvalidArgumentError,
+  UnauthenticatedError,
+  UnavailableError,
+} from './errors.ts'
+import { traceHeaders } from './tracing.ts'
 
 /** grpc-js refuses deadlines of more than 24.8 days; nobody waits for more than one. */
 const MAX_TIMEOUT_MS = 24 * 3600 * 1000
+/** How long a stream that wants a connection waits for one before it is told that there is none. */
+const READY_MS = 5000
 
 /** How one call is made. */
 export interface CallOptions {
@@ -33,39 +44,64 @@ export interface CallOptions {
   readonly timeoutMs?: number | undefined
   /** Aborting it ends the call with CancelledError. */
   readonly signal?: AbortSignal | undefined
-  /** Further metadata, as `traceparent`. */
+  /** Further metadata. `traceparent` is added by itself where OpenTelemetry is set up. */
   readonly metadata?: Readonly<Record<string, string>> | undefined
 }
 
+/** A bearer token, or what provides one for each call. */
+export type Token = string | (() => string | Promise<string>)
+
+/** What a transport is made of. */
+export interface TransportOptions {
+  readonly target: string
+  readonly credentials: ChannelCredentials
+  readonly channel: ClientOptions
+  /** The deadline of unary calls that name none, in milliseconds. */
+  readonly timeoutMs: number
+  /** How many channels take turns; 1 or more. */
+  readonly connections: number
+  readonly token: Token | undefined
+}
+
 export class Transport implements AsyncDisposable {
-  readonly #client: GrpcClient
-  readonly #timeoutMs: number
+  readonly connections: number
+  readonly timeoutMs: number
+  readonly #clients: readonly GrpcClient[]
+  readonly #token: Token | undefined
   readonly #underWay = new Set<Promise<unknown>>()
   readonly #streams = new Set<{ cancel(): void }>()
+  #turn = 0
   #closing: Promise<void> | undefined
 
-  /** `timeoutMs` is the deadline of unary calls that name none. */
-  constructor(target: string, credentials: ChannelCredentials, options: ClientOptions, timeoutMs: number) {
-    this.#client = new GrpcClient(target, credentials, options)
-    this.#timeoutMs = timeoutMs
+  constructor({ target, credentials, channel, timeoutMs, connections, token }: TransportOptions) {
+    // Channels share the connections of a process unless each has a pool of its own.
+    const options = connections > 1 ? { ...channel, 'grpc.use_local_subchannel_pool': 1 } : channel
+    this.connections = connections
+    this.#clients = Array.from({ length: connections }, () => new GrpcClient(target, credentials, options))
+    this.timeoutMs = timeoutMs
+    this.#token = token
   }
 
   /** Rejects with ItemCacheError only. */
   async unary<I extends DescMessage, O extends DescMessage>(
     method: DescMethodUnary<I, O>,
     request: MessageInitShape<I>,
-    { timeoutMs = this.#timeoutMs, signal, metadata }: CallOptions = {},
+    { timeoutMs = this.timeoutMs, signal, metadata }: CallOptions = {},
   ): Promise<MessageShape<O>> {
     this.#check(signal)
     const bytes = encode(method.input, request)
+    const deadline = deadlineIn(timeoutMs)
+    const headers = this.#headers(metadata)
+    const sent = headers instanceof Promise ? await headers : headers
+    if (headers instanceof Promise) this.#check(signal)
     const { promise, resolve, reject } = Promise.withResolvers<MessageShape<O>>()
-    const call: ClientUnaryCall = this.#client.makeUnaryRequest(
+    const call: ClientUnaryCall = this.#client().makeUnaryRequest(
       pathOf(method),
       identity,
       (answer: Buffer) => fromBinary(method.output, answer),
       bytes,
-      metadataOf(metadata),
-      { deadline: deadlineIn(timeoutMs) },
+      sent,
+      { deadline },
       (error, answer) => (answer === undefined ? reject(error) : resolve(answer)),
     )
     const cancel = () => call.cancel()
@@ -82,20 +118,32 @@ export class Transport implements AsyncDisposable {
     }
   }
 
-  /** The messages of a server stream until the consumer breaks off; a slow consumer slows the server down. */
+  /**
+   * The messages of a server stream until the consumer breaks off; a slow consumer slows the server down. With `onBegin`
+   * the stream waits for a connection first, and tells when it then sends its request.
+   */
   async *serverStream<I extends DescMessage, O extends DescMessage>(
     method: DescMethodServerStreaming<I, O>,
     request: MessageInitShape<I>,
-    { timeoutMs, signal, metadata }: CallOptions = {},
+    { timeoutMs, signal, metadata, onBegin }: CallOptions & { readonly onBegin?: () => void } = {},
   ): AsyncGenerator<MessageShape<O>, void, undefined> {
     this.#check(signal)
     const options: GrpcCallOptions = timeoutMs === undefined ? {} : { deadline: deadlineIn(timeoutMs) }
-    const call: ClientReadableStream<MessageShape<O>> = this.#client.makeServerStreamRequest(
+    const bytes = encode(method.input, request)
+    const client = this.#client()
+    const headers = await this.#headers(metadata)
+    if (onBegin !== undefined) {
+      await ready(client)
+      this.#check(signal)
+      onBegin()
+    }
+    this.#check(signal)
+    const call: ClientReadableStream<MessageShape<O>> = client.makeServerStreamRequest(
       pathOf(method),
       identity,
       (answer: Buffer) => fromBinary(method.output, answer),
-      encode(method.input, request),
-      metadataOf(metadata),
+      bytes,
+      headers,
       options,
     )
     // The loop below throws what happens while it waits; what happens after it concerns nobody.
@@ -114,20 +162,65 @@ export class Transport implements AsyncDisposable {
     }
   }
 
-  /** Takes no more calls, ends streams, and resolves when the calls under way are over. */
-  close(): Promise<void> {
-    this.#closing ??= this.#close()
+  /** A stream both ways on the connection with this number; requests are encoded already. */
+  async bidiStream<O extends DescMessage>(
+    method: DescMethodBiDiStreaming<DescMessage, O>,
+    connection: number,
+    metadata: Readonly<Record<string, string>>,
+  ): Promise<ClientDuplexStream<Buffer, MessageShape<O>>> {
+    this.#check(undefined)
+    const headers = await this.#headers(metadata)
+    const client = this.#client(connection)
+    await ready(client)
+    this.#check(undefined)
+    const call: ClientDuplexStream<Buffer, MessageShape<O>> = client.makeBidiStreamRequest(
+      pathOf(method),
+      identity,
+      (answer: Buffer) => fromBinary(method.output, answer),
+      headers,
+    )
+    this.#streams.add(call)
+    call.on('close', () => this.#streams.delete(call))
+    return call
+  }
+
+  /** Takes no more calls, waits for `first`, ends streams, and resolves when the calls under way are over. */
+  close(first?: Promise<unknown>): Promise<void> {
+    this.#closing ??= this.#close(first)
     return this.#closing
   }
 
-  async #close(): Promise<void> {
+  async #close(first: Promise<unknown> | undefined): Promise<void> {
+    await first
     for (const stream of this.#streams) stream.cancel()
     await Promise.allSettled(this.#underWay)
-    this.#client.close()
+    for (const client of this.#clients) client.close()
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
+  }
+
+  #client(connection = this.#turn++): GrpcClient {
+    const client = this.#clients[connection % this.#clients.length]
+    if (client === undefined) throw new RangeError('there is no such connection')
+    return client
+  }
+
+  /** With the token and the trace context of this moment. A promise only where the token is one. */
+  #headers(entries: Readonly<Record<string, string>> = {}): Metadata | Promise<Metadata> {
+    const metadata = metadataOf({ ...traceHeaders(), ...entries })
+    const token = this.#token
+    if (token === undefined) return metadata
+    const withToken = (bearer: string) => {
+      setEntry(metadata, 'authorization', `Bearer ${bearer}`)
+      return metadata
+    }
+    if (typeof token === 'string') return withToken(token)
+    const refuse = (cause: unknown): never => {
+      throw new UnauthenticatedError('the token provider failed', { reason: 'NO_TOKEN', cause })
+    }
+    return (async () => token())().then(withToken, refuse)
   }
 
   #check(signal: AbortSignal | undefined): void {
@@ -136,13 +229,23 @@ export class Transport implements AsyncDisposable {
   }
 }
 
+function ready(client: GrpcClient): Promise<void> {
+  return new Promise((resolve, reject) => {
+    client.waitForReady(Date.now() + READY_MS, (error) => {
+      if (error === undefined || error === null) resolve()
+      else reject(new UnavailableError('no connection', { cause: error }))
+    })
+  })
+}
+
 const identity = (bytes: Buffer): Buffer => bytes
 
-function pathOf(method: DescMethodUnary | DescMethodServerStreaming): string {
+function pathOf(method: DescMethodUnary | DescMethodServerStreaming | DescMethodBiDiStreaming): string {
   return `/${method.parent.typeName}/${method.name}`
 }
 
-function encode<I extends DescMessage>(input: I, request: MessageInitShape<I>): Buffer {
+/** The encoded request. Throws InvalidArgumentError for what no message can hold. */
+export function encode<I extends DescMessage>(input: I, request: MessageInitShape<I>): Buffer {
   try {
     const bytes = toBinary(input, create(input, request))
     return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
@@ -154,29 +257,34 @@ function encode<I extends DescMessage>(input: I, request: MessageInitShape<I>): 
 /** Metadata for a call. Throws InvalidArgumentError for keys and values that HTTP/2 cannot carry. */
 export function metadataOf(entries: Readonly<Record<string, string>> = {}): Metadata {
   const metadata = new Metadata()
-  for (const [key, value] of Object.entries(entries)) {
-    try {
-      metadata.set(key, value)
-    } catch (cause) {
-      throw new InvalidArgumentError((cause as Error).message, { reason: 'INVALID_METADATA', cause })
-    }
-  }
+  for (const [key, value] of Object.entries(entries)) setEntry(metadata, key, value)
   return metadata
 }
 
-function deadlineIn(timeoutMs: number): number {
-  if (!(timeoutMs > 0)) {
-    throw new InvalidArgumentError(`timeoutMs must be more than 0, got ${timeoutMs}`, {
-      reason: 'INVALID_TIMEOUT',
-    })
+function setEntry(metadata: Metadata, key: string, value: string): void {
+  try {
+    metadata.set(key, value)
+  } catch (cause) {
+    throw new InvalidArgumentError(`metadata ${key} is not valid`, { reason: 'INVALID_METADATA', cause })
   }
-  return Date.now() + Math.min(timeoutMs, MAX_TIMEOUT_MS)
+}
+
+function deadlineIn(timeoutMs: number): number {
+  return Date.now() + checkedTimeout(timeoutMs)
+}
+
+/** At most a day. Throws InvalidArgumentError unless it is more than 0. */
+export function checkedTimeout(timeoutMs: number): number {
+  if (timeoutMs > 0) return Math.min(timeoutMs, MAX_TIMEOUT_MS)
+  throw new InvalidArgumentError(`timeoutMs must be more than 0, got ${timeoutMs}`, {
+    reason: 'INVALID_TIMEOUT',
+  })
 }
 
 function reasonOf(signal: AbortSignal | undefined): unknown {
   return signal?.aborted ? signal.reason : undefined
 }
 
-function isServiceError(error: unknown): error is ServiceError {
+export function isServiceError(error: unknown): error is ServiceError {
   return error instanceof Error && 'code' in error && typeof error.code === 'number'
 }

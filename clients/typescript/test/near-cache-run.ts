@@ -27,7 +27,6 @@ export interface Summary {
   readonly failedReads: number
   readonly writes: number
   readonly kills: number
-  readonly events: number
   /** The oldest that a near hit was, in milliseconds: how long before it a write that it lacks had been acknowledged. */
   readonly oldestMs: number
   /** What must not be, in words. */
@@ -99,7 +98,7 @@ export async function run(options: {
     for (let i = 0; !over; i++) {
       const id = IDS[i % IDS.length] ?? ''
       const beganMs = performance.now()
-      const seen = Number(client.nearCache?.position ?? 0n)
+      const seen = Number(client.nearStats()?.position ?? 0n)
       reads++
       try {
         const { item, near, revision, cache } = await client.get(id, { allowStale: false })
@@ -150,8 +149,7 @@ export async function run(options: {
   }
   over = true
   await Promise.all([...writing, ...reading, killing])
-  const events = readers.reduce((sum, client) => sum + (client.nearCache?.events ?? 0), 0)
-  return { reads, nearHits, failedReads, writes, kills, events, oldestMs: Math.round(oldestMs), violations }
+  return { reads, nearHits, failedReads, writes, kills, oldestMs: Math.round(oldestMs), violations }
 }
 
 async function freePort(): Promise<number> {

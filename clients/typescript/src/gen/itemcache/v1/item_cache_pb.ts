@@ -1769,7 +1769,8 @@ export type WatchInvalidationsRequest = Message<"itemcache.v1.WatchInvalidations
   tags: string[];
 
   /**
-   * heartbeat_interval is the time between two heartbeats: 100 ms to 1 min. Unset: 500 ms. The server may grant another.
+   * heartbeat_interval is the longest time between two heartbeats: 100 ms to 1 min. Unset: 500 ms. The server may grant
+   * another.
    *
    * @generated from field: google.protobuf.Duration heartbeat_interval = 4;
    */
@@ -1893,7 +1894,8 @@ export type InvalidationsStarted = Message<"itemcache.v1.InvalidationsStarted"> 
   oldestResumable: bigint;
 
   /**
-   * heartbeat_interval is how often the server sends a heartbeat while everything has been sent.
+   * heartbeat_interval is the longest time between two heartbeats that the server grants, as long as it hears of the
+   * log itself and the client takes what it is sent.
    *
    * @generated from field: google.protobuf.Duration heartbeat_interval = 3;
    */
@@ -1929,7 +1931,7 @@ export const InvalidationsBatchSchema: GenMessage<InvalidationsBatch> = /*@__PUR
   messageDesc(file_itemcache_v1_item_cache, 42);
 
 /**
- * InvalidationsHeartbeat is a bookmark, and a proof of how recent the stream is.
+ * InvalidationsHeartbeat is a bookmark, and says how current the stream is.
  *
  * @generated from message itemcache.v1.InvalidationsHeartbeat
  */
@@ -1942,9 +1944,9 @@ export type InvalidationsHeartbeat = Message<"itemcache.v1.InvalidationsHeartbea
   revision: bigint;
 
   /**
-   * heard_after: everything that was committed until so long after the server took the call has been sent, by the
-   * server's monotonic clock. It may be negative at first. Whoever knows when they made the call knows from it, without
-   * comparing clocks, until when at least their copies are current, however late this message comes.
+   * heard_after: every change that was committed before this time has been sent or named by a gap. The time counts
+   * from when the service made `started` of this stream; it is negative when it was before that. A client adds it to the
+   * time at which it began the call, by its own clock, and so needs not know how long the heartbeat has travelled.
    *
    * @generated from field: google.protobuf.Duration heard_after = 2;
    */
