@@ -125,7 +125,9 @@ test('the near cache, a watch and a pipeline keep their promises while servers d
   const watching = watch().catch((error: unknown) => {
     if (!over.signal.aborted) stop(error)
   })
-  const work = [...Array.from({ length: 8 }, write), read(), read(), pipe(), kill()].map((one) => one.catch(stop))
+  const work = [...Array.from({ length: 8 }, write), read(), read(), pipe(), kill()].map((one) =>
+    one.catch(stop),
+  )
   const timer = setTimeout(() => over.abort(), SECONDS * 1000)
   try {
     await Promise.all(work)
