@@ -214,7 +214,7 @@ test('the code of the README runs as it is', async () => {
   const directory = join(import.meta.dirname, '..')
   const readme = await readFile(join(directory, 'README.md'), 'utf8')
   const code = [...readme.matchAll(/^```ts\n(.*?)^```$/gms)].map(([, block]) => block).join('\n')
-  const program = code.replace("'127.0.0.1:50051'", `'${service.address}'`)
+  const program = code.replaceAll("'127.0.0.1:50051'", `'${service.address}'`)
   // The README's default deadline suits a service that is warm.
   await client.get('1')
   const { stdout } = await promisify(execFile)(
