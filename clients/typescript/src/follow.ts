@@ -161,7 +161,7 @@ export async function* follow(
       if (established || failures === 0) yield { kind: 'disconnected', error }
       const backoffMs = Math.min(MAX_BACKOFF_MS, FIRST_BACKOFF_MS * 2 ** failures++)
       try {
-        await sleep(Math.random() * backoffMs, undefined, { signal, ref: false })
+        await sleep(Math.random() * backoffMs, undefined, { signal })
       } catch (cause) {
         throw new CancelledError('the watch was cancelled', { cause })
       }
