@@ -31,7 +31,7 @@ const open = (options: ConnectOptions = {}, target = service.address): Client =>
 const NEAR = { nearCache: { maxEntries: 100 } }
 
 async function isCurrent(client: Client): Promise<void> {
-  await expect.poll(() => client.nearStats()?.state, { timeout: 10_000 }).toBe('current')
+  await expect.poll(() => client.nearStats()?.state, { timeout: 20_000 }).toBe('current')
 }
 
 describe('a client with a near cache', () => {
@@ -140,7 +140,7 @@ describe('a client with a near cache', () => {
       await one.get('a')
     }
     await other[Symbol.asyncDispose]()
-    await expect.poll(() => client.nearStats()?.state, { timeout: 5000 }).toBe('lost')
+    await expect.poll(() => client.nearStats()?.state, { timeout: 20_000 }).toBe('lost')
     expect(await client.get('a')).toMatchObject({
       near: true,
       item: { title: 'one' },
