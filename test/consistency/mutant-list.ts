@@ -395,8 +395,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: VIEW,
-        find: `if (asOf > this.#position) this.#raise(this.#keys, id, 'changed', asOf)`,
-        put: 'void [id, asOf]',
+        find: 'if (asOf <= this.#position) return',
+        put: 'if (asOf !== undefined) return',
       },
     ],
     amplifiers: [
