@@ -1495,14 +1495,15 @@ export type MetricsSnapshot = Message<"itemcache.v1.MetricsSnapshot"> & {
   staleServed: bigint;
 
   /**
-   * background_refreshes_ok are reloads behind a stale answer that succeeded.
+   * background_refreshes_ok are reloads that no reader waited for, behind a stale answer or ahead of time, that
+   * succeeded.
    *
    * @generated from field: int64 background_refreshes_ok = 10;
    */
   backgroundRefreshesOk: bigint;
 
   /**
-   * background_refreshes_failed are reloads behind a stale answer that failed.
+   * background_refreshes_failed are those that failed.
    *
    * @generated from field: int64 background_refreshes_failed = 11;
    */
