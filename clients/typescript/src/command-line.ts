@@ -493,7 +493,7 @@ class Program {
   async #bench(ids: readonly string[], flags: BenchFlags): Promise<void> {
     const { connections, pipeline = false } = flags
     await using client = await this.#connect({ connections, pipeline })
-    let read = ids
+    let read = [...new Set(ids)]
     if (read.length === 0) {
       const { value: page } = await client.list({ pageSize: 500 }).pages().next()
       read = page?.items.map(({ id }) => id) ?? []

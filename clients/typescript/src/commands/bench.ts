@@ -42,12 +42,13 @@ export async function bench(
     errors.set(name, (errors.get(name) ?? 0) + 1)
     codes.add(exitCodeOf(error))
   }
-  const any = () => ids[Math.floor(Math.random() * ids.length)] ?? ''
+  const anywhere = () => Math.floor(Math.random() * ids.length)
+  const idAt = (i: number) => ids[i % ids.length] ?? ''
   const call =
     batch === undefined
       ? async () => {
           try {
-            read((await client.get(any(), { signal })).cache)
+            read((await client.get(idAt(anywhere()), { signal })).cache)
           } catch (error) {
             // That an item is absent is an answer.
             if (!(error instanceof NotFoundError)) throw error
@@ -55,7 +56,8 @@ export async function bench(
           }
         }
       : async () => {
-          const wanted = Array.from({ length: batch }, any)
+          const from = anywhere()
+          const wanted = Array.from({ length: Math.min(batch, ids.length) }, (_, i) => idAt(from + i))
           for (const { error, cache } of (await client.getMany(wanted, { signal })).values()) {
             if (error === undefined || error instanceof NotFoundError) read(cache)
             else failed(error)

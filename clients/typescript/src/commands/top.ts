@@ -182,7 +182,7 @@ const LEVELS = '▁▂▃▄▅▆▇█'
 export function sparkline(values: readonly (number | undefined)[], max: number): string {
   return values
     .map((value) =>
-      value === undefined ? ' ' : LEVELS[Math.min(7, max > 0 ? Math.floor((value / max) * 8) : 0)],
+      value === undefined ? ' ' : LEVELS[max > 0 ? Math.min(7, Math.floor((value / max) * 7)) : 0],
     )
     .join('')
 }
@@ -213,7 +213,7 @@ export function render(history: History, view: View): string[] {
     '',
     ...tierTable(last, span, paint),
     '',
-    ...details(last, span, paint),
+    ...details(last, span, view),
     '',
   ]
   const room = Math.max(0, view.rows - 1 - lines.length)
@@ -312,40 +312,54 @@ function tierTable(last: MetricsSnapshot, span: Span, paint: Paint): string[] {
   ]
 }
 
-function details(last: MetricsSnapshot, span: Span, paint: Paint): string[] {
-  const memory = last.tiers.find(({ tier }) => tier === Tier.MEMORY)
+/** What has no room at the right is left out. */
+function details(last: MetricsSnapshot, span: Span, { columns, style }: View): string[] {
+  const paint = painter(style)
   const find = (s: MetricsSnapshot) => s.tiers.find(({ tier }) => tier === Tier.MEMORY)
-  const per = (of: (s: MetricsSnapshot) => bigint | undefined) => `${rate(span.rate(of))}/s`
+  const per = (of: (s: MetricsSnapshot) => bigint | undefined) => `${short(span.rate(of))}/s`
   const lag = (share: number) => {
     const ms = span.percentile(share, (s) => [s.invalidationLag])
     return ms === undefined ? '–' : formatDuration(ms)
   }
-  const failed = span.rate((s) => s.backgroundRefreshesFailed)
-  const row = (label: string, parts: readonly string[]) =>
-    ` ${paint('dim', label.padEnd(9))}${parts.join('   ')}`
+  const row = (label: string, parts: readonly string[]) => {
+    let room = columns - 10
+    const fitting = parts.filter((part) => {
+      room -= part.length + 3
+      return room >= -3
+    })
+    return ` ${paint('dim', label.padEnd(9))}${fitting.join('   ')}`
+  }
+  const { subscribers, gapsSent } = last
+  const { entries = 0n, bytes = 0n } = find(last) ?? {}
   return [
     row('log', [
       `applied ${per((s) => s.invalidationsApplied)}`,
       `lag p50 ${lag(0.5)}`,
       `p99 ${lag(0.99)}`,
-      `watchers ${count(last.subscribers)}`,
-      `gaps ${count(last.gapsSent)}`,
+      `watchers ${short(subscribers)}`,
+      `gaps ${short(gapsSent)}`,
     ]),
     row('loads', [
       per((s) => s.loads),
       `joined ${per((s) => s.coalescedLoads)}`,
       `refreshed ${per((s) => s.backgroundRefreshesOk)}`,
-      failed > 0 ? paint('red', `failed ${rate(failed)}/s`) : 'failed 0/s',
+      `failed ${per((s) => s.backgroundRefreshesFailed)}`,
       `stale ${per((s) => s.staleServed)}`,
     ]),
     row('memory', [
-      `${count(memory?.entries ?? 0n)} copies`,
-      formatBytes(memory?.bytes ?? 0n),
+      `${short(entries)} copies`,
+      formatBytes(bytes),
       `evicted ${per((s) => find(s)?.evictions)}`,
       `expired ${per((s) => find(s)?.expirations)}`,
       `absent ${per((s) => s.negativeHits)}`,
     ]),
   ]
+}
+
+/** A number that is short also when it is large: `12.3K`. */
+function short(value: bigint | number): string {
+  if (value < 10_000) return typeof value === 'bigint' ? count(value) : rate(value)
+  return value.toLocaleString('en-US', { notation: 'compact', maximumFractionDigits: 1 })
 }
 
 /** The methods, the hottest first. */
