@@ -343,6 +343,10 @@ export class Instance implements AsyncDisposable {
     }
   }
 
+  get pid(): number | undefined {
+    return this.#process?.pid
+  }
+
   get running(): boolean {
     return this.#process !== undefined && this.#process.exitCode === null && this.#process.signalCode === null
   }
