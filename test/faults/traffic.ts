@@ -4,7 +4,7 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { status } from '@grpc/grpc-js'
-import { Caller, isFailed } from '../consistency/client.ts'
+import { Caller, type Failed, isFailed } from '../consistency/client.ts'
 import type { connectSql } from '../consistency/servers.ts'
 
 /**
@@ -26,6 +26,8 @@ export interface Ended {
   readonly code: status
   readonly text: string
   readonly hasRetryInfo: boolean
+  /** Of `performance.now`. */
+  readonly startedMs: number
   readonly tookMs: number
   readonly deadlineMs: number
 }
@@ -35,6 +37,7 @@ const metadata = { 'x-tenant-id': TENANT }
 const DEADLINE_MS = 15_000
 const HURRIED_DEADLINE_MS = 1_000
 const CONNECTIONS = 4
+const SEED_STEP = 5000
 
 export const warmIds = Array.from({ length: 50 }, (_, i) => `warm-${i}`)
 const storedId = (i: number) => `stored-${i}`
@@ -44,14 +47,17 @@ export async function seed(sql: Awaited<ReturnType<typeof connectSql>>, stored: 
   await sql.query(`SELECT set_config('itemcache.tenant', $1, false)`, [TENANT])
   await sql.query(
     `INSERT INTO items (tenant, id, title, source)
-      SELECT $1, unnest($2::text[]), 'warm', 'LOCAL'`,
+      SELECT $1, unnest($2::text[]), 'warm', 'LOCAL' ON CONFLICT DO NOTHING`,
     [TENANT, [...warmIds, 'lag']],
   )
-  await sql.query(
-    `INSERT INTO items (tenant, id, title, source)
-      SELECT $1, 'stored-' || i, 'stored', 'LOCAL' FROM generate_series(0, $2 - 1) AS i`,
-    [TENANT, stored],
-  )
+  for (let first = 0; first < stored; first += SEED_STEP) {
+    await sql.query(
+      `INSERT INTO items (tenant, id, title, source)
+        SELECT $1, 'stored-' || i, 'stored', 'LOCAL' FROM generate_series($2::int, $3::int) AS i
+          ON CONFLICT DO NOTHING`,
+      [TENANT, first, Math.min(first + SEED_STEP, stored) - 1],
+    )
+  }
 }
 
 /** What callers of one run share: the ids that are next, and the writes that were acknowledged. */
@@ -157,11 +163,9 @@ export class Traffic implements Disposable {
     this.onEnd({
       kind,
       code: failed?.code ?? status.OK,
-      text:
-        failed === undefined
-          ? 'OK'
-          : `${status[failed.code]} ${failed.text.slice(failed.text.indexOf(' ') + 1)}`,
+      text: failed === undefined ? 'OK' : textOf(failed),
       hasRetryInfo: failed?.hasRetryInfo ?? false,
+      startedMs,
       tookMs,
       deadlineMs,
     })
@@ -186,4 +190,10 @@ export class Traffic implements Disposable {
   [Symbol.dispose](): void {
     for (const caller of this.#callers) caller.close()
   }
+}
+
+/** What grpc-js itself says of a deadline is different every time. */
+function textOf({ code, text }: Failed): string {
+  const [, reason = ''] = /^\d+ ([A-Z_]+)$/.exec(text) ?? []
+  return `${status[code]} ${reason}`.trim()
 }

@@ -13,14 +13,15 @@ import { connectSql, Instance } from '../consistency/servers.ts'
 import { Way } from '../consistency/way.ts'
 import { type OwnServer, ownServer } from '../support/own-server.ts'
 import { postgresPackages } from '../support/postgres-packages.ts'
+import type { RunDirectory } from '../support/run-directory.ts'
 
 const ROOT = resolve(import.meta.dirname, '..', '..')
 const CATALOGUE = join(import.meta.dirname, 'catalogue.ts')
 
 /** Where things are kept. */
 export interface Places {
-  /** For logs and data of one run. */
-  readonly dir: string
+  /** For the service's log. */
+  readonly directory: RunDirectory
   /** Where the binaries of the private PostgreSQL and Redis are unpacked. */
   readonly postgresCache: string
   readonly redisCache: string
@@ -51,10 +52,17 @@ export interface World extends AsyncDisposable {
   connectSql(): Promise<pg.Client & AsyncDisposable>
 }
 
-/** Starts everything; the service with `env` besides what names its dependencies. */
+export interface WorldOptions {
+  /** Of the service, besides what names its dependencies. */
+  readonly env?: Readonly<Record<string, string>>
+  /** The service reaches Redis without a way in between. */
+  readonly directly?: boolean
+}
+
+/** Starts everything. */
 export async function startWorld(
-  { dir, postgresCache, redisCache }: Places,
-  env: Readonly<Record<string, string>> = {},
+  { directory, postgresCache, redisCache }: Places,
+  { env = {}, directly = false }: WorldOptions = {},
 ): Promise<World> {
   await using started = new AsyncDisposableStack()
   const [database, redis, catalogue] = await allOf(started, [
@@ -68,14 +76,14 @@ export async function startWorld(
   const postgresWay = started.use(await Way.to({ path: `${searchParams.get('host')}/.s.PGSQL.5432` }))
   const redisWay = started.use(await Way.to({ path: redis.url.replace('unix:', '') }))
   const originWay = started.use(await Way.to({ host: '127.0.0.1', port: catalogue.port }))
-  const logFile = join(dir, 'service.log')
+  const logFile = join(directory.path, 'service.log')
   const service = started.use(
     new Instance(
       'service',
       ROOT,
       {
         DATABASE_URL: `postgres://itemcache@127.0.0.1:${postgresWay.port}/itemcache`,
-        REDIS_URL: `redis://127.0.0.1:${redisWay.port}`,
+        REDIS_URL: directly ? redis.url : `redis://127.0.0.1:${redisWay.port}`,
         ORIGIN_URL: `http://127.0.0.1:${originWay.port}`,
         ITEMCACHE_LISTEN: '127.0.0.1:0',
         ITEMCACHE_ADMIN_LISTEN: '127.0.0.1:0',
@@ -86,6 +94,11 @@ export async function startWorld(
     ),
   )
   await service.start()
+  if (service.pid !== undefined) directory.ends(service.pid, 'SIGKILL')
+  await using sql = await connectSql(database.url)
+  // Nothing of this is a loss of power, and other work on this machine should not be what is measured.
+  await sql.query('ALTER SYSTEM SET fsync = off')
+  await sql.query('SELECT pg_reload_conf()')
   const running = started.move()
   return {
     address: service.address,
