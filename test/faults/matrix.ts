@@ -5,13 +5,19 @@
 import { readFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { status } from '@grpc/grpc-js'
-import { BreakerState, CacheOutcome } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { BreakerState, CacheOutcome, StaleReason, Tier } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { isFailed } from '../consistency/client.ts'
 import { type Fault, NO_FAULT } from '../consistency/way.ts'
 import { type Crowd, type Ended, KINDS, type Kind, seed, TENANT, Traffic, warmIds } from './traffic.ts'
 import type { Dependency, DependencyName, World } from './world.ts'
 
 export const DEPENDENCIES: readonly DependencyName[] = ['redis', 'postgres', 'origin']
+
+const TIERS: Readonly<Record<DependencyName, Tier>> = {
+  redis: Tier.REDIS,
+  postgres: Tier.POSTGRES,
+  origin: Tier.ORIGIN,
+}
 
 /** Breaks a dependency; returns what heals it, and resolves when the dependency itself is well. */
 type Break = (dependency: Dependency) => Promise<() => Promise<void>>
@@ -129,7 +135,7 @@ export class Matrix implements Disposable {
     let healedMs = Number.POSITIVE_INFINITY
     let lastFailed: Ended | undefined
     traffic.onEnd = (ended) => {
-      if (!isWell(ended) && ended.startedMs > healedMs) lastFailed = later(lastFailed, ended)
+      if (!hasGoneWell(ended) && ended.startedMs > healedMs) lastFailed = later(lastFailed, ended)
       const { ended: texts, tookMs } = seen[ended.kind]
       texts.set(ended.text, (texts.get(ended.text) ?? 0) + 1)
       tookMs.push(ended.tookMs)
@@ -145,16 +151,12 @@ export class Matrix implements Disposable {
       await heal()
       healedMs = performance.now()
       const sinceHealed = () => performance.now() - healedMs
-      let wrong: string | undefined
-      do {
-        wrong = await this.#unwell()
-        convergedMs = sinceHealed()
-      } while (wrong !== undefined && convergedMs < GIVE_UP_MS)
-      if (wrong !== undefined) violated(`not well after ${GIVE_UP_MS / 1000} s: ${wrong}`)
-      else lagMs = await this.#lag()
-      while (sinceHealed() < watchedMs) {
-        await sleep(200)
-        if ((await this.#unwell()) !== undefined) convergedMs = sinceHealed()
+      const isWell = await this.#becomesWell(violated, [TIERS[name.dependency]])
+      convergedMs = sinceHealed()
+      if (isWell) {
+        lagMs = await this.#lag()
+        await sleep(Math.max(0, watchedMs - sinceHealed()))
+        await this.#becomesWell(violated, Object.values(TIERS))
       }
     } finally {
       await traffic.stop()
@@ -179,25 +181,33 @@ export class Matrix implements Disposable {
 
   #lastWrong = ''
 
-  /** What is not as it should be with nothing broken; `undefined`: all is well. */
-  async #unwell(): Promise<string | undefined> {
-    const wrong = await this.#whatIsWrong()
-    if (wrong !== undefined) {
+  /** Resolves when every call succeeds and these tiers are asked again, or with `false` when that takes too long. */
+  async #becomesWell(violated: (text: string) => void, tiers: readonly Tier[]): Promise<boolean> {
+    const endMs = performance.now() + GIVE_UP_MS
+    for (;;) {
+      const wrong = await this.#whatIsWrong(tiers)
+      if (wrong === undefined) return true
       this.#lastWrong = wrong
+      if (performance.now() > endMs) {
+        violated(`not well after ${GIVE_UP_MS / 1000} s: ${wrong}`)
+        return false
+      }
       await sleep(50)
     }
-    return wrong
   }
 
-  async #whatIsWrong(): Promise<string | undefined> {
+  /** What is not as it should be with nothing broken; `undefined`: all is well. */
+  async #whatIsWrong(tiers: readonly Tier[]): Promise<string | undefined> {
     const { caller } = this.#traffic
     const options = { metadata, timeoutMs: 5_000 }
     const read = async (what: string, id: string, outcomes: readonly CacheOutcome[]) => {
       const answer = await caller.call('getItem', { id }, options)
       if (isFailed(answer)) return `${what} cannot be read: ${answer.text}`
-      const { outcome = CacheOutcome.UNSPECIFIED, skippedTiers = [] } = answer.cache ?? {}
-      if (!outcomes.includes(outcome)) return `${what} has outcome ${outcome}`
-      return skippedTiers.length > 0 ? `${what} is read without asking every tier` : undefined
+      const { outcome = CacheOutcome.UNSPECIFIED, staleReason, skippedTiers = [] } = answer.cache ?? {}
+      if (!outcomes.includes(outcome) && staleReason !== StaleReason.REVALIDATING)
+        return `${what} is read with outcome ${outcome}`
+      const skipped = skippedTiers.find(({ tier }) => tiers.includes(tier))
+      return skipped === undefined ? undefined : `${what} is read without asking tier ${skipped.tier}`
     }
     const cold = [CacheOutcome.MISS]
     const wrong =
@@ -210,7 +220,8 @@ export class Matrix implements Disposable {
     const metrics = await caller.call('getMetrics', {}, options)
     if (isFailed(metrics)) return `GetMetrics fails: ${metrics.text}`
     const open = metrics.snapshot?.tiers.find(
-      ({ breaker }) => breaker === BreakerState.OPEN || breaker === BreakerState.HALF_OPEN,
+      ({ tier, breaker }) =>
+        tiers.includes(tier) && (breaker === BreakerState.OPEN || breaker === BreakerState.HALF_OPEN),
     )
     if (open !== undefined) return `the breaker of tier ${open.tier} is not closed`
     const { ok } = await fetch(`http://${this.#world.admin}/readyz`)
@@ -243,7 +254,7 @@ export class Matrix implements Disposable {
 function wrongness(broken: DependencyName, ended: Ended, slackMs: number): string | undefined {
   const { kind, code, text, tookMs, deadlineMs } = ended
   if (tookMs > deadlineMs + slackMs) return `${kind}: ended long after its deadline (${text})`
-  if (isWell(ended)) return undefined
+  if (hasGoneWell(ended)) return undefined
   if (kind === 'warm') return `a warm read failed: ${text}`
   const needs: Readonly<Record<DependencyName, readonly Kind[]>> = {
     redis: [],
@@ -256,7 +267,7 @@ function wrongness(broken: DependencyName, ended: Ended, slackMs: number): strin
 }
 
 /** Who has little time may run out of it whenever the machine is busy. */
-function isWell({ kind, code }: Ended): boolean {
+function hasGoneWell({ kind, code }: Ended): boolean {
   return code === status.OK || (kind === 'hurried' && code === status.DEADLINE_EXCEEDED)
 }
 
