@@ -85,6 +85,8 @@ const LISTEN_BEAT_MS = 1000
 const LISTEN_ANSWER_MS = 2000
 /** A session that is cut off in a transaction keeps its locks, and so all writers of its tenant waiting, no longer. */
 const MAX_IDLE_IN_TRANSACTION_MS = 3000
+/** A connection is not given up sooner, however little time statements have: this process may be busy. */
+const MIN_QUERY_MS = 2000
 /** A connection that does not end by itself is cut after this time. */
 const CLOSE_PATIENCE_MS = 500
 
@@ -113,7 +115,8 @@ function clientConfig(options: PostgresOptions) {
     // Longer than the server's deadlock_timeout (1 s) by default, so that a deadlock is reported as one.
     lock_timeout: Math.ceil(statementMs * 0.6),
     statement_timeout: statementMs,
-    query_timeout: statementMs + 500,
+    // Beyond what the server gives a statement, so that its own word is heard.
+    query_timeout: Math.max(statementMs + 500, MIN_QUERY_MS),
     idle_in_transaction_session_timeout: Math.min(statementMs * 2, MAX_IDLE_IN_TRANSACTION_MS),
     keepAlive: true,
     types: { getTypeParser },

@@ -62,8 +62,18 @@ describe('a slow database', () => {
     expect(own.tier.stats.connections.read.total).toBe(1)
   })
 
+  test('a write that others keep from a connection for too long says so', async () => {
+    const tier = await store.open({ maxConnections: 2, connectTimeoutMs: 2_000, statementTimeoutMs: 30_000 })
+    await using _lock = await lockedItems()
+    const first = tier.create(by(newTenant()), 'a', draft())
+    first.catch(() => undefined)
+    await someoneWaits(sql)
+    const queued = { ...late, reason: 'POSTGRES_QUEUE_TIMEOUT' }
+    await expect(tier.create(by(newTenant()), 'a', draft())).rejects.toMatchObject(queued)
+  })
+
   test('a read that finds every connection in use does not wait for ever', async () => {
-    const tier = await store.open({ maxConnections: 2, connectTimeoutMs: 100 })
+    const tier = await store.open({ maxConnections: 2, connectTimeoutMs: 2_000, statementTimeoutMs: 30_000 })
     await using _lock = await lockedItems()
     const first = tier.read(newTenant(), ['a'])
     first.catch(() => undefined)
@@ -270,8 +280,8 @@ describe('a database that is gone', () => {
     await using server = await freshPostgres()
     await using tier = await connectPostgres({
       url: server.url,
-      statementTimeoutMs: 200,
-      connectTimeoutMs: 500,
+      statementTimeoutMs: 2_000,
+      connectTimeoutMs: 2_000,
     })
     await tier.create(by('t'), 'a', draft())
     await tier.ping()
