@@ -12,11 +12,11 @@ const ENV = {
   ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT: '5s',
   ITEMCACHE_POSTGRES_CONNECT_TIMEOUT: '5s',
 }
-const BOUNDS = { faultMs: 1000, convergesWithinMs: 30_000, watchedMs: 0, slackMs: 10_000 }
+/** Faults last for longer than copies are current without the log: what is warm is then served as stale, or not at all. */
+const BOUNDS = { faultMs: 2500, convergesWithinMs: 30_000, watchedMs: 0, slackMs: 10_000 }
 
 const CELLS: readonly CellName[] = [
   { dependency: 'redis', fault: 'killed', crowd: 'busy' },
-  { dependency: 'redis', fault: '1 byte/s', crowd: 'idle' },
   { dependency: 'postgres', fault: 'killed', crowd: 'busy' },
   { dependency: 'postgres', fault: 'stopped', crowd: 'idle' },
   { dependency: 'origin', fault: 'connections reset', crowd: 'busy' },
