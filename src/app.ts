@@ -60,7 +60,11 @@ export interface AppOptions {
 }
 
 /** What a database that is still starting looks like. */
-const STARTING: ReadonlySet<string> = new Set(['POSTGRES_UNAVAILABLE', 'POSTGRES_TIMEOUT'])
+const STARTING: ReadonlySet<string> = new Set([
+  'POSTGRES_UNAVAILABLE',
+  'POSTGRES_TIMEOUT',
+  'POSTGRES_LOCK_TIMEOUT',
+])
 /** How long a start waits for a PostgreSQL that does not answer yet. */
 const POSTGRES_PATIENCE_MS = 30_000
 /** The heartbeat and safety net of the tail: well within the 1.5 s that a view may go without news. */
@@ -77,6 +81,7 @@ const TRIM_STEP_ROWS = 1_000
 const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
 const HEALTH_INTERVAL_MS = 1_000
+const HEALTH_PATIENCE_MS = 2_000
 /** How often the files of TLS are looked at. */
 const TLS_INTERVAL_MS = 5_000
 
@@ -161,7 +166,6 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         ...guard('redis'),
         maxCalls: MAX_REDIS_CALLS,
         slowMs: config.breaker.redisSlowMs,
-        now,
       }),
     )
   const store = started.use(
@@ -178,6 +182,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             new FakeStoreOrigin({
               url: servers.origin.url,
               timeoutMs: timeouts.originMs,
+              overallMs: 2 * timeouts.originMs,
               maxConcurrent: pools.originConcurrency,
               random,
             }),
@@ -417,7 +422,7 @@ function watchPostgres(postgres: PostgresTier, tell: (answers: boolean) => void)
     if (asking) return
     asking = true
     postgres
-      .ping()
+      .ping(AbortSignal.timeout(HEALTH_PATIENCE_MS))
       .then(
         () => tell(true),
         () => tell(false),

@@ -664,7 +664,7 @@ const TABLE = {
   postgresStatementTimeout: {
     name: 'ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT',
     group: WAITS,
-    default: '5s',
+    default: '3s',
     description: 'For a statement in PostgreSQL.',
     parse: duration(1),
   },
@@ -693,8 +693,8 @@ const TABLE = {
   originTimeout: {
     name: 'ITEMCACHE_ORIGIN_TIMEOUT',
     group: WAITS,
-    default: '5s',
-    description: 'For an answer of the catalogue.',
+    default: '3s',
+    description: 'For an answer of the catalogue; an item that needs several attempts gets twice as long.',
     parse: duration(1),
   },
   maxDeadline: {

@@ -303,6 +303,8 @@ export class Instance implements AsyncDisposable {
   readonly #logFile: string
   #process: ChildProcess | undefined
   address = ''
+  /** Of health and metrics over HTTP. */
+  admin = ''
   incarnation = 0
   stopped = false
 
@@ -315,7 +317,7 @@ export class Instance implements AsyncDisposable {
 
   /** Starts it; resolves when it serves. Throws when it ends or takes too long. */
   async start(): Promise<void> {
-    const { promise, resolve, reject } = Promise.withResolvers<string>()
+    const { promise, resolve, reject } = Promise.withResolvers<{ address: string; admin: string }>()
     const child = spawn(process.execPath, ['--max-semi-space-size=8', join(this.#root, 'src', 'main.ts')], {
       cwd: this.#root,
       env: { PATH: process.env['PATH'] ?? '', HOME: process.env['HOME'] ?? '/tmp', ...this.#env },
@@ -325,8 +327,8 @@ export class Instance implements AsyncDisposable {
     let out = ''
     child.stdout?.on('data', (bytes) => {
       out += bytes
-      const [, address] = /"ready":true,"grpc":"([^"]+)"/.exec(out) ?? []
-      if (address !== undefined) resolve(address)
+      const [, address, admin] = /"ready":true,"grpc":"([^"]+)","admin":"([^"]+)"/.exec(out) ?? []
+      if (address !== undefined && admin !== undefined) resolve({ address, admin })
     })
     child.stderr?.on('data', (bytes) => appendFileSync(this.#logFile, bytes))
     child.once('exit', (code, signal) =>
@@ -334,11 +336,15 @@ export class Instance implements AsyncDisposable {
     )
     const timer = setTimeout(() => reject(new Error(`${this.name} did not start within 60 s`)), 60_000)
     try {
-      this.address = await promise
+      Object.assign(this, await promise)
       this.incarnation++
     } finally {
       clearTimeout(timer)
     }
+  }
+
+  get pid(): number | undefined {
+    return this.#process?.pid
   }
 
   get running(): boolean {

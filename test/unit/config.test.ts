@@ -57,11 +57,11 @@ describe('without any variable', () => {
       timeouts: {
         redisMs: 150,
         postgresConnectMs: 2_000,
-        postgresStatementMs: 5_000,
+        postgresStatementMs: 3_000,
         softMs: 100,
         refreshMs: 10_000,
         lockMs: 2_000,
-        originMs: 5_000,
+        originMs: 3_000,
         maxDeadlineMs: 30_000,
         drainMs: 8_000,
       },
@@ -359,7 +359,7 @@ describe('mistakes', () => {
   })
 
   test('include a wait that is not shorter than the longest call', () => {
-    expect(problemsOf({ ITEMCACHE_MAX_DEADLINE: '5s' }).map(({ variable }) => variable)).toEqual([
+    expect(problemsOf({ ITEMCACHE_MAX_DEADLINE: '3s' }).map(({ variable }) => variable)).toEqual([
       'ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT',
       'ITEMCACHE_ORIGIN_TIMEOUT',
     ])
