@@ -50,6 +50,8 @@ type StreamListener = (
 const SWEEP_MS = 250
 /** What a unary call may take beyond its bounds before its stream is closed. */
 const LAST_WORDS_MS = 2000
+/** For an answer to leave before its stream is closed. */
+const ANSWER_LEAVES_MS = 100
 /** The most that DEFLATE can make of a byte. */
 const MAX_EXPANSION = 1032
 /** What every stream may hold unpacked without being counted, so that small reads never meet a bound. */
@@ -191,11 +193,12 @@ export class Intake implements Disposable {
       rpc.finish(code, now() - sinceMs)
       log.debug({ method, code, reason: error.reason }, 'request')
     }
+    // The caller may go on sending. Closed at once, the stream would take the answer with it.
+    setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), ANSWER_LEAVES_MS).unref()
     if (taken !== undefined) {
       taken.sendStatus(failure)
       return
     }
-    if (stream.headersSent) return
     const headers = {
       ':status': 200,
       'content-type': 'application/grpc+proto',
