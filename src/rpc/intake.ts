@@ -7,14 +7,15 @@
 import {
   constants,
   type Http2Server,
+  type Http2Session,
   type IncomingHttpHeaders,
   type ServerHttp2Session,
   type ServerHttp2Stream,
 } from 'node:http2'
-import type {
+import {
   ServerInterceptingCall,
-  ServerInterceptingCallInterface,
-  ServerInterceptor,
+  type ServerInterceptingCallInterface,
+  type ServerInterceptor,
 } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
@@ -28,8 +29,9 @@ export interface IntakeOptions {
   readonly kindOf: (path: string) => MethodKind
   /** How long a request may take to arrive, and, again, how long a unary call may take from then on. */
   readonly maxDeadlineMs: number
-  /** Messages that are being received, each as it would be unpacked: of one connection, and of all. */
+  /** What is held of requests that are being received on one connection. */
   readonly maxConnectionBytes: number
+  /** The same for all connections together, and what compressed messages may become. */
   readonly maxBytes: number
   /** No message is unpacked further than this. */
   readonly maxMessageBytes: number
@@ -57,11 +59,11 @@ const MAX_EXPANSION = 1032
 /** What every stream may hold unpacked without being counted, so that small reads never meet a bound. */
 const FREE_BYTES = 16 * 1024
 /**
- * PING and SETTINGS frames that a connection may send at once, and per second from then on. Clients of gRPC measure the
- * bandwidth with pings: one for each round trip at most, and only while they receive.
+ * Frames that a connection may send at once, and per second from then on. Clients of gRPC measure the bandwidth with a
+ * ping for each round trip, of which there may be ten thousand per second on loopback; settings they change rarely.
  */
-const CONTROL_FRAMES = 10_000
-const CONTROL_FRAMES_PER_S = 2000
+const PINGS = { burst: 100_000, perSecond: 50_000 }
+const SETTINGS = { burst: 1000, perSecond: 100 }
 /** A timer cannot be set for longer: 24.8 days. A caller that waits longer than that has no deadline. */
 const MAX_TIMER_MS = 2 ** 31 - 1
 
@@ -93,9 +95,25 @@ export class Intake implements Disposable {
 
   /** Lets a call be ended here in a way that grpc-js knows of. */
   readonly interceptor: ServerInterceptor = (_, taken) => {
-    if (this.#current !== undefined) this.#current.taken = taken
+    const call = this.#current
+    if (call !== undefined) call.taken = taken
     // What the type wants is a wrapper around it, which would cost every message something.
-    return taken as ServerInterceptingCall
+    if (call === undefined || !call.weight.compressed) return taken as ServerInterceptingCall
+    const { weight, kind } = call
+    return new ServerInterceptingCall(taken, {
+      start: (next) =>
+        next({
+          onReceiveMessage(message, next) {
+            if (kind === 'bidi') weight.passedOn()
+            next(message)
+          },
+          // Only now does the handler get the one message of any other kind.
+          onReceiveHalfClose(next) {
+            weight.release()
+            next()
+          },
+        }),
+    })
   }
 
   /** Comes before those who listen to the server's streams now. */
@@ -111,7 +129,9 @@ export class Intake implements Disposable {
     }
     http2.on('stream', listener as never)
     http2.on('session', (session: ServerHttp2Session) => {
-      boundControlFrames(session, this.#options.log, this.#options.now)
+      const { log, now } = this.#options
+      boundFrames(session, 'ping', PINGS, log, now)
+      boundFrames(session, 'remoteSettings', SETTINGS, log, now)
     })
   }
 
@@ -120,13 +140,16 @@ export class Intake implements Disposable {
     // It may have been reset already.
     if (session === undefined || stream.destroyed || stream.closed) return undefined
     const path = headers[':path'] ?? ''
+    const kind = this.#options.kindOf(path)
     const call: Call = {
       stream,
       path,
-      kind: this.#options.kindOf(path),
+      kind,
       sinceMs: this.#options.now(),
+      weight: this.#weigh(session, headers, kind),
       taken: undefined,
     }
+    const { weight } = call
     const httpStatus = refusedAs(headers)
     if (httpStatus !== undefined || !fitTimeout(headers)) {
       stream.on('error', () => {})
@@ -136,16 +159,6 @@ export class Intake implements Disposable {
     }
     showRepeatedCredentials(headers, raw)
 
-    let connection = this.#byConnection.get(session)
-    if (connection === undefined) {
-      connection = new Held(this.#options.maxConnectionBytes)
-      this.#byConnection.set(session, connection)
-    }
-    const weight = new Weight(
-      isCompressed(headers) ? this.#options.maxMessageBytes : 0,
-      [connection, this.#all],
-      call.kind === 'bidi',
-    )
     let refused = false
     this.#calls.add(call)
     stream.on('data', (chunk: Buffer) => {
@@ -159,6 +172,18 @@ export class Intake implements Disposable {
       this.#calls.delete(call)
     })
     return call
+  }
+
+  #weigh(session: Http2Session, headers: IncomingHttpHeaders, kind: MethodKind): Weight {
+    const { maxConnectionBytes, maxMessageBytes } = this.#options
+    // Honest clients may have a hundred of them on one connection at once, of which each might be a bomb.
+    if (isCompressed(headers)) return new Weight([this.#all], kind === 'bidi', maxMessageBytes)
+    let connection = this.#byConnection.get(session)
+    if (connection === undefined) {
+      connection = new Held(maxConnectionBytes)
+      this.#byConnection.set(session, connection)
+    }
+    return new Weight([connection, this.#all], kind === 'bidi', 0)
   }
 
   #endOverdue(): void {
@@ -219,6 +244,7 @@ interface Call {
   readonly path: string
   readonly kind: MethodKind
   readonly sinceMs: number
+  readonly weight: Weight
   /** What grpc-js made of it; `undefined` while it has not, and when there is no such method. */
   taken: ServerInterceptingCallInterface | undefined
 }
@@ -274,10 +300,9 @@ class Held {
  * and a length.
  */
 class Weight {
-  /** What a compressed message may become; 0: none is compressed. */
-  readonly #maxUnpacked: number
   readonly #accounts: readonly Held[]
   readonly #streaming: boolean
+  readonly #maxUnpacked: number
   #held = 0
   #counted = 0
   #headerBytes = 0
@@ -285,12 +310,26 @@ class Weight {
   #length = 0
   #left = 0
   #extra = 0
+  /** Messages that have begun and were not passed on. */
+  #waiting = 0
 
-  /** `streaming`: whether messages are passed on one by one, and not together at the end. */
-  constructor(maxUnpacked: number, accounts: readonly Held[], streaming: boolean) {
-    this.#maxUnpacked = maxUnpacked
+  /**
+   * `streaming`: whether messages are passed on one by one, and not when the request has ended. `maxUnpacked`: what a
+   * compressed message may become; 0: none is compressed.
+   */
+  constructor(accounts: readonly Held[], streaming: boolean, maxUnpacked: number) {
     this.#accounts = accounts
     this.#streaming = streaming
+    this.#maxUnpacked = maxUnpacked
+  }
+
+  get compressed(): boolean {
+    return this.#maxUnpacked > 0
+  }
+
+  /** A message of a stream has been unpacked and handed over. */
+  passedOn(): void {
+    if (--this.#waiting === 0) this.release()
   }
 
   /** Whether it is still within the bounds. */
@@ -320,6 +359,7 @@ class Weight {
       if (++this.#headerBytes < 5) continue
       this.#headerBytes = 0
       this.#left = this.#length
+      this.#waiting++
       this.#extra = this.#compressed ? Math.min(this.#length * MAX_EXPANSION, this.#maxUnpacked) : 0
       sum += this.#extra
     }
@@ -342,22 +382,26 @@ class Weight {
   }
 }
 
-/** Closes a connection that sends more PING or SETTINGS frames than any honest client. */
-function boundControlFrames(session: ServerHttp2Session, log: Logger, now: () => number): void {
-  let left = CONTROL_FRAMES
+/** Closes a connection that sends more of these frames than any honest client. */
+function boundFrames(
+  session: ServerHttp2Session,
+  frames: 'ping' | 'remoteSettings',
+  { burst, perSecond }: typeof PINGS,
+  log: Logger,
+  now: () => number,
+): void {
+  let left = burst
   let sinceMs = now()
-  const count = () => {
+  session.on(frames, () => {
     if (--left > 0) return
     const nowMs = now()
-    left = Math.min(CONTROL_FRAMES, Math.floor(((nowMs - sinceMs) / 1000) * CONTROL_FRAMES_PER_S))
+    left = Math.min(burst, Math.floor(((nowMs - sinceMs) / 1000) * perSecond))
     sinceMs = nowMs
     if (left > 0 || session.destroyed) return
     const peer = `${session.socket?.remoteAddress}:${session.socket?.remotePort}`
-    log.warn({ peer }, 'a connection is closed that sends too many PING or SETTINGS frames')
+    log.warn({ peer, frames }, 'a connection is closed that sends too many frames of one kind')
     session.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM)
-  }
-  session.on('ping', count)
-  session.on('remoteSettings', count)
+  })
 }
 
 const malformedTimeout = () => {
