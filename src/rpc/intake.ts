@@ -1,15 +1,14 @@
 /**
  * What is taken in from the network before grpc-js sees it. grpc-js accepts any method and nearly any content type, reads
- * `grpc-timeout` as it likes, waits for ever for a request that does not end and for a reader who does not read, holds
- * and unpacks as much as there are streams, and answers every ping. Here is where each of these has its bound. All of
- * it is decided by stream and connection, without a look at who calls.
+ * `grpc-timeout` as it likes, waits for ever for a request that does not end and for a reader who does not read, and
+ * holds and unpacks as much as there are streams. Here is where each of these has its bound. All of it is decided by
+ * stream and connection, without a look at who calls.
  */
 import {
   constants,
   type Http2Server,
   type Http2Session,
   type IncomingHttpHeaders,
-  type ServerHttp2Session,
   type ServerHttp2Stream,
 } from 'node:http2'
 import {
@@ -58,12 +57,6 @@ const ANSWER_LEAVES_MS = 100
 const MAX_EXPANSION = 1032
 /** What every stream may hold unpacked without being counted, so that small reads never meet a bound. */
 const FREE_BYTES = 16 * 1024
-/**
- * Frames that a connection may send at once, and per second from then on. Clients of gRPC measure the bandwidth with a
- * ping for each round trip, of which there may be ten thousand per second on loopback; settings they change rarely.
- */
-const PINGS = { burst: 100_000, perSecond: 50_000 }
-const SETTINGS = { burst: 1000, perSecond: 100 }
 /** A timer cannot be set for longer: 24.8 days. A caller that waits longer than that has no deadline. */
 const MAX_TIMER_MS = 2 ** 31 - 1
 
@@ -128,11 +121,6 @@ export class Intake implements Disposable {
       this.#current = undefined
     }
     http2.on('stream', listener as never)
-    http2.on('session', (session: ServerHttp2Session) => {
-      const { log, now } = this.#options
-      boundFrames(session, 'ping', PINGS, log, now)
-      boundFrames(session, 'remoteSettings', SETTINGS, log, now)
-    })
   }
 
   #admit(stream: ServerHttp2Stream, headers: IncomingHttpHeaders, raw: readonly string[]): Call | undefined {
@@ -380,28 +368,6 @@ class Weight {
     this.#held = 0
     this.#count()
   }
-}
-
-/** Closes a connection that sends more of these frames than any honest client. */
-function boundFrames(
-  session: ServerHttp2Session,
-  frames: 'ping' | 'remoteSettings',
-  { burst, perSecond }: typeof PINGS,
-  log: Logger,
-  now: () => number,
-): void {
-  let left = burst
-  let sinceMs = now()
-  session.on(frames, () => {
-    if (--left > 0) return
-    const nowMs = now()
-    left = Math.min(burst, Math.floor(((nowMs - sinceMs) / 1000) * perSecond))
-    sinceMs = nowMs
-    if (left > 0 || session.destroyed) return
-    const peer = `${session.socket?.remoteAddress}:${session.socket?.remotePort}`
-    log.warn({ peer, frames }, 'a connection is closed that sends too many frames of one kind')
-    session.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM)
-  })
 }
 
 const malformedTimeout = () => {

@@ -316,8 +316,8 @@ describe('floods are cut off', () => {
   ])('of %s', { timeout: 60_000 }, async (_, frame, reads) => {
     using connection = await RawConnection.greet(service.address)
     if (!reads) connection.socket.pause()
-    const many = Buffer.concat(Array(1000).fill(frame))
-    for (let i = 0; i < 2000 && !connection.closed; i++) {
+    const many = Buffer.concat(Array(5000).fill(frame))
+    for (let i = 0; i < 400 && !connection.closed; i++) {
       // A socket that nobody reads does not tell that it was closed, but takes nothing more.
       await Promise.race([connection.sendOn(many), sleep(1000)])
       connection.frames.length = 0
@@ -339,6 +339,17 @@ describe('floods are cut off', () => {
     const many = Buffer.concat(Array(1000).fill(frame))
     for (let i = 0; i < 50 && !connection.closed; i++) await connection.sendOn(many)
     await unharmed()
+  })
+
+  attack('but not the pings of a client that measures its bandwidth', async () => {
+    using connection = await RawConnection.greet(service.address)
+    const pings = Buffer.concat(Array(500).fill(frame(FRAME.ping, 0, 0, Buffer.alloc(8))))
+    const answered = () => connection.frames.filter(({ type }) => type === FRAME.ping).length
+    for (let sent = 500; sent <= 50_000; sent += 500) {
+      connection.send(pings)
+      await expect.poll(answered, { ...PATIENCE, interval: 1 }).toBe(sent)
+    }
+    expect(connection.refused(1)).toBe(false)
   })
 })
 
@@ -484,6 +495,9 @@ describe('what is no call of this service is refused', () => {
   attack('more calls at once than the limit end the connection', async () => {
     using connection = await RawConnection.greet(service.address)
     await expect.poll(() => connection.got(FRAME.settings).length, PATIENCE).toBeGreaterThan(1)
+    // SETTINGS_MAX_CONCURRENT_STREAMS, so that honest clients know it.
+    const limit = Buffer.concat([Buffer.of(0, 3), u32(MAX_STREAMS)])
+    expect(connection.got(FRAME.settings).some(({ payload }) => payload.includes(limit))).toBe(true)
     const watch = requestFields('WatchInvalidations')
     for (let i = 0; i < MAX_STREAMS + 50; i++) await connection.sendOn(headers(1 + 2 * i, watch))
     await cutOff(connection)
@@ -547,6 +561,24 @@ describe('too much is RESOURCE_EXHAUSTED', () => {
     // 40 times 3 MiB do not fit into 64 MiB.
     const reasons = new Set(outcomes.map(({ reason, code }) => reason ?? code))
     expect([...reasons].toSorted()).toEqual(['REQUEST_INCOMPLETE', 'TOO_MUCH_IN_FLIGHT'])
+  })
+
+  attack('but not compressed batches, 300 at once on one connection', async () => {
+    const ids = Array.from({ length: 100 }, (_, i) => `sku-${(i * 7919) % 100_000}`)
+    const request = toBinary(BatchGetItemsRequestSchema, create(BatchGetItemsRequestSchema, { ids }))
+    const message = grpcMessage(gzipSync(request), { compressed: 1 })
+    const call = { ':path': path('BatchGetItems'), 'grpc-encoding': 'gzip' }
+    const outcomes = await withSession((session) =>
+      Promise.all(
+        Array.from({ length: 300 }, () => {
+          const stream = open(session, call)
+          stream.end(message)
+          return outcomeOf(stream)
+        }),
+      ),
+    )
+    const codes = new Set(outcomes.map(({ code }) => code))
+    expect(codes).toEqual(new Set([status.OK]))
   })
 
   attack('a stream of compressed look-ups is not too much, however long', async () => {
