@@ -83,7 +83,8 @@ export class Intake implements Disposable {
   constructor(options: IntakeOptions) {
     this.#options = options
     this.#all = new Held(options.maxBytes)
-    this.#sweep = setInterval(() => this.#endOverdue(), SWEEP_MS).unref()
+    // After a pause of the process, what has come in meanwhile is read first.
+    this.#sweep = setInterval(() => setImmediate(() => this.#endOverdue()), SWEEP_MS).unref()
   }
 
   /** Lets a call be ended here in a way that grpc-js knows of. */
