@@ -47,7 +47,10 @@ type StreamListener = (
   rawHeaders: readonly string[],
 ) => void
 
-/** How often the calls under way are looked at. */
+/**
+ * How often the calls under way are looked at. Their age is counted in these looks: while the process is paused or far
+ * behind, nobody's time runs out.
+ */
 const SWEEP_MS = 250
 /** What a unary call may take beyond its bounds before its stream is closed. */
 const LAST_WORDS_MS = 2000
@@ -77,13 +80,14 @@ export class Intake implements Disposable {
   readonly #all: Held
   readonly #byConnection = new WeakMap<object, Held>()
   readonly #sweep: NodeJS.Timeout
+  #sweeps = 0
   /** The call that grpc-js is just taking over. */
   #current: Call | undefined
 
   constructor(options: IntakeOptions) {
     this.#options = options
     this.#all = new Held(options.maxBytes)
-    // After a pause of the process, what has come in meanwhile is read first.
+    // What has come in meanwhile is read first.
     this.#sweep = setInterval(() => setImmediate(() => this.#endOverdue()), SWEEP_MS).unref()
   }
 
@@ -135,6 +139,7 @@ export class Intake implements Disposable {
       path,
       kind,
       sinceMs: this.#options.now(),
+      sinceSweep: this.#sweeps,
       weight: this.#weigh(session, headers, kind),
       taken: undefined,
     }
@@ -176,10 +181,10 @@ export class Intake implements Disposable {
   }
 
   #endOverdue(): void {
-    const { now, maxDeadlineMs } = this.#options
-    const nowMs = now()
+    const { maxDeadlineMs } = this.#options
+    this.#sweeps++
     for (const call of this.#calls) {
-      const ageMs = nowMs - call.sinceMs
+      const ageMs = (this.#sweeps - call.sinceSweep) * SWEEP_MS
       if (ageMs <= maxDeadlineMs) break
       const { stream, kind } = call
       const arrived = stream.readableEnded
@@ -233,6 +238,7 @@ interface Call {
   readonly path: string
   readonly kind: MethodKind
   readonly sinceMs: number
+  readonly sinceSweep: number
   readonly weight: Weight
   /** What grpc-js made of it; `undefined` while it has not, and when there is no such method. */
   taken: ServerInterceptingCallInterface | undefined
