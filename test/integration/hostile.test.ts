@@ -38,7 +38,7 @@ import { type ServiceProcess, startProcess } from '../support/process.ts'
 import { freshDatabase, redisUrl } from '../support/servers.ts'
 import { startService } from '../support/service.ts'
 
-const PATIENCE = { timeout: 20_000, interval: 20 }
+const PATIENCE = { timeout: 40_000, interval: 20 }
 /** Most calls at once on a connection, as the service is started here. */
 const MAX_STREAMS = 1000
 /** Of an instance that does not wait for long. */
@@ -88,12 +88,12 @@ afterAll(() => started.disposeAsync())
 async function unharmed(): Promise<void> {
   const { reads } = bystander
   await expect.poll(() => bystander.reads, PATIENCE).toBeGreaterThan(reads)
-  expect(bystander.errors).toEqual([])
+  expect(bystander.errors.splice(0)).toEqual([])
   expect(service.running).toBe(true)
 }
 
 /** A test that ends with a look at the others. */
-const attack = (title: string, run: () => Promise<void>, timeout = 60_000) =>
+const attack = (title: string, run: () => Promise<void>, timeout = 120_000) =>
   test(title, { timeout }, async () => {
     await run()
     await unharmed()
@@ -317,11 +317,8 @@ describe('floods are cut off', () => {
 
   attack('of calls that are reset as soon as they are made', async () => {
     using connection = await RawConnection.greet(service.address)
-    for (
-      let id = 1;
-      id < 40_000 && !connection.closed && connection.got(FRAME.goAway).length === 0;
-      id += 2
-    ) {
+    // A thousand at once is what the service bears.
+    for (let id = 1; id < 8000; id += 2) {
       await connection.sendOn(headers(id, requestFields('GetItem')), data(id, one), reset(id))
     }
     await cutOff(connection)
@@ -332,7 +329,7 @@ describe('floods are cut off', () => {
     ['SETTINGS frames', settings({ 4: 65_535 }), true],
     ['PING frames whose answers are not read', frame(FRAME.ping, 0, 0, Buffer.alloc(8)), false],
     ['SETTINGS frames whose answers are not read', settings({ 4: 65_535 }), false],
-  ])('of %s', { timeout: 60_000 }, async (_, frame, reads) => {
+  ])('of %s', { timeout: 120_000 }, async (_, frame, reads) => {
     using connection = await RawConnection.greet(service.address)
     if (!reads) connection.socket.pause()
     const many = Buffer.concat(Array(5000).fill(frame))
@@ -352,7 +349,7 @@ describe('floods are cut off', () => {
     ['WINDOW_UPDATE frames', frame(FRAME.windowUpdate, 0, 1, u32(1))],
     ['PRIORITY frames', frame(FRAME.priority, 0, 1, Buffer.alloc(5))],
     ['frames of an unknown type', frame(0xfa, 0, 1, Buffer.alloc(8))],
-  ])('of %s, or borne', { timeout: 60_000 }, async (_, frame) => {
+  ])('of %s, or borne', { timeout: 120_000 }, async (_, frame) => {
     using connection = await RawConnection.greet(service.address)
     connection.send(headers(1, requestFields('GetItem')))
     const many = Buffer.concat(Array(1000).fill(frame))
@@ -701,7 +698,7 @@ test('what callers send forges no line of the log, and reaches the catalogue onl
 
 describe('a connection that says nothing', () => {
   test('is closed, whether it never greets, only greets, dribbles its headers, or has grown old', {
-    timeout: 60_000,
+    timeout: 120_000,
   }, async () => {
     await using impatient = await startService({
       env: { ITEMCACHE_KEEPALIVE_TIME: '1s', ITEMCACHE_KEEPALIVE_TIMEOUT: '1s' },

@@ -6,13 +6,13 @@ import { TestClient } from './service.ts'
 export interface Bystander extends AsyncDisposable {
   readonly reads: number
   /** What its reads failed with. */
-  readonly errors: readonly string[]
+  readonly errors: string[]
 }
 
 /** Reads one warm item all the time until it is disposed, on a connection of its own. */
 export async function startBystander(address: string): Promise<Bystander> {
   const client = new TestClient(address)
-  const read = () => client.call('getItem', { id: '1' }, { timeoutMs: 20_000 })
+  const read = () => client.call('getItem', { id: '1' }, { timeoutMs: 60_000 })
   // The first read may have to wait for a busy machine.
   for (let attempt = 1; ; attempt++) {
     try {
