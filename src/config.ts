@@ -130,6 +130,9 @@ export interface Config {
     readonly maxMessageBytes: number
     readonly maxConcurrentStreams: number
     readonly maxSessionMemoryBytes: number
+    /** Of all connections together. */
+    readonly maxRequestMemoryBytes: number
+    readonly maxConnections: number
     readonly maxConnectionIdleMs: number
     readonly maxConnectionAgeMs: number
     readonly maxConnectionAgeGraceMs: number
@@ -758,8 +761,24 @@ const TABLE = {
     name: 'ITEMCACHE_MAX_SESSION_MEMORY',
     group: LIMITS,
     default: '64MiB',
-    description: 'Most memory that HTTP/2 may take for one connection.',
+    description:
+      'Most memory that HTTP/2 may take for one connection, and again the requests that are being received on it.',
     parse: size(MIB, 4 * GIB),
+  },
+  maxRequestMemory: {
+    name: 'ITEMCACHE_MAX_REQUEST_MEMORY',
+    group: LIMITS,
+    default: '256MiB',
+    description:
+      'Most memory that requests which are being received may take, of all connections together, compressed ones as what they may become; one more is RESOURCE_EXHAUSTED.',
+    parse: size(MIB, 64 * GIB),
+  },
+  maxConnections: {
+    name: 'ITEMCACHE_MAX_CONNECTIONS',
+    group: LIMITS,
+    default: '10000',
+    description: 'Most connections of callers at once; one more is closed.',
+    parse: count(1, 1_000_000),
   },
   maxConnectionIdle: {
     name: 'ITEMCACHE_MAX_CONNECTION_IDLE',
@@ -980,6 +999,8 @@ function build(values: Values, cwd: string): Config {
       maxMessageBytes: values.maxMessageBytes,
       maxConcurrentStreams: values.maxConcurrentStreams,
       maxSessionMemoryBytes: values.maxSessionMemory,
+      maxRequestMemoryBytes: values.maxRequestMemory,
+      maxConnections: values.maxConnections,
       maxConnectionIdleMs: values.maxConnectionIdle,
       maxConnectionAgeMs: values.maxConnectionAge,
       maxConnectionAgeGraceMs: values.maxConnectionAgeGrace,

@@ -1,9 +1,9 @@
 /** The gRPC server: the service, health and reflection on one address. */
-import type { Http2Server, IncomingHttpHeaders } from 'node:http2'
+import type { Http2Server } from 'node:http2'
 import { promisify } from 'node:util'
 import { type DescFile, toBinary } from '@bufbuild/protobuf'
 import { FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
-import { Server, ServerCredentials } from '@grpc/grpc-js'
+import { Server, ServerCredentials, setLogger } from '@grpc/grpc-js'
 import { ReflectionService } from '@grpc/reflection'
 import { HealthImplementation } from 'grpc-health-check'
 import type { Config, HostPort } from '../config.ts'
@@ -11,9 +11,11 @@ import { ItemCacheError } from '../errors.ts'
 import { file_google_rpc_error_details } from '../gen/google/rpc/error_details_pb.ts'
 import { file_health_v1_health } from '../gen/health/v1/health_pb.ts'
 import { file_itemcache_v1_item_cache, ItemCacheService } from '../gen/itemcache/v1/item_cache_pb.ts'
+import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
 import type { CallFrame } from './call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
+import { Intake, type MethodKind } from './intake.ts'
 import { grpcDefinition } from './service-definition.ts'
 import type { TlsCredentials } from './tls.ts'
 
@@ -51,7 +53,19 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   const draining = new AbortController()
   const hurrying = new AbortController()
   const frame: CallFrame = { ...options.frame, draining: draining.signal, hurrying: hurrying.signal }
+  quiet(frame.log)
+  const intake = new Intake({
+    kindOf: (path) => grpcJs.handlers.get(path)?.type,
+    maxDeadlineMs: frame.maxDeadlineMs,
+    maxConnectionBytes: grpc.maxSessionMemoryBytes,
+    maxBytes: grpc.maxRequestMemoryBytes,
+    maxMessageBytes: grpc.maxMessageBytes,
+    log: frame.log,
+    metrics: frame.metrics,
+    now: frame.now,
+  })
   const server = new Server({
+    interceptors: [intake.interceptor],
     'grpc.max_receive_message_length': grpc.maxMessageBytes,
     'grpc.max_concurrent_streams': grpc.maxConcurrentStreams,
     'grpc-node.max_session_memory': Math.ceil(grpc.maxSessionMemoryBytes / 1e6),
@@ -61,7 +75,14 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     'grpc.keepalive_time_ms': grpc.keepaliveTimeMs,
     'grpc.keepalive_timeout_ms': grpc.keepaliveTimeoutMs,
   })
-  showRepeatedCredentials(server)
+  const grpcJs = server as unknown as Insides
+  const create = grpcJs.createHttp2Server.bind(server)
+  grpcJs.createHttp2Server = (...args) => {
+    const http2 = create(...args)
+    http2.maxConnections = grpc.maxConnections
+    intake.guard(http2)
+    return http2
+  }
   server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
   health.addToServer(server)
@@ -109,26 +130,24 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       clearTimeout(hurry)
       clearTimeout(timer)
       clearInterval(idle)
+      intake[Symbol.dispose]()
     },
   }
 }
 
+/** The HTTP/2 servers and the methods' kinds, which grpc-js keeps to itself. */
+interface Insides {
+  createHttp2Server(...args: readonly unknown[]): Http2Server
+  readonly handlers: ReadonlyMap<string, { readonly type: MethodKind }>
+}
+
 /**
- * Node drops every `authorization` of a request but the first, so that nobody could tell that there were several. This
- * joins them, which is no valid credential. grpc-js keeps its HTTP/2 servers to itself, hence the detour.
+ * grpc-js prints to stderr what it thinks of the metadata that callers send, as it came. Here it is a line of the log, at
+ * debug.
  */
-function showRepeatedCredentials(server: Server): void {
-  const grpc = server as unknown as { createHttp2Server: (...args: unknown[]) => Http2Server }
-  const create = grpc.createHttp2Server.bind(server)
-  grpc.createHttp2Server = (...args) => {
-    const http2 = create(...args)
-    const join = (_stream: unknown, headers: IncomingHttpHeaders, _flags: number, raw: readonly string[]) => {
-      if (raw.indexOf('authorization') === raw.lastIndexOf('authorization')) return
-      // Names and values in turn.
-      headers.authorization = raw.filter((_, i) => i % 2 === 1 && raw[i - 1] === 'authorization').join(', ')
-    }
-    return http2.prependListener('stream', join)
-  }
+function quiet(log: Logger): void {
+  const line = (text: unknown) => log.debug({ text: String(text) }, 'grpc-js')
+  setLogger({ error: line, info: line, debug: line })
 }
 
 /** For the last answers to leave before connections are cut. */

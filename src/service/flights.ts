@@ -200,7 +200,9 @@ export class Flights {
   #boardingOf(tenant: string, route: Route): Boarding {
     if (this.#boarding.length === 0) setImmediate(() => this.#departAll())
     const waiting = this.#boarding.findLast((one) => one.tenant === tenant && one.route === route)
-    if (waiting !== undefined && waiting.flights.length < MAX_KEYS) return waiting
+    // One that all have left before it could depart is cancelled already.
+    const takes = (one: Boarding) => one.flights.length < MAX_KEYS && !one.controller.signal.aborted
+    if (waiting !== undefined && takes(waiting)) return waiting
     const boarding: Boarding = { tenant, route, flights: [], controller: new AbortController(), left: 0 }
     this.#boarding.push(boarding)
     return boarding

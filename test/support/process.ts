@@ -8,13 +8,23 @@ import { TestClient } from './service.ts'
 
 export interface ServiceProcess extends AsyncDisposable {
   readonly client: TestClient
+  readonly address: string
+  readonly pid: number
+  /** Whether it has not ended yet. */
+  readonly running: boolean
   signal(signal: NodeJS.Signals): void
 }
 
 const MAIN = join(import.meta.dirname, '../../src/main.ts')
 
-/** Starts an instance with this environment; all it needs must be in there. Rejects when it ends before it is ready. */
-export async function startProcess(env: Readonly<Record<string, string>>): Promise<ServiceProcess> {
+/**
+ * Starts an instance with this environment; all it needs must be in there. Rejects when it ends before it is ready. Lines
+ * that it writes to stderr go into `log`, if there is one.
+ */
+export async function startProcess(
+  env: Readonly<Record<string, string>>,
+  log?: string[],
+): Promise<ServiceProcess> {
   await using started = new AsyncDisposableStack()
   const directory = started.use(makeRunDirectory())
   const child = spawn(process.execPath, [MAIN], {
@@ -26,7 +36,11 @@ export async function startProcess(env: Readonly<Record<string, string>>): Promi
       ITEMCACHE_LOG_LEVEL: process.env['TEST_LOG_LEVEL'] ?? 'silent',
       ...env,
     },
-    stdio: ['ignore', 'pipe', 'inherit'],
+    stdio: ['ignore', 'pipe', 'pipe'],
+  })
+  createInterface({ input: child.stderr }).on('line', (line) => {
+    if (log === undefined) process.stderr.write(`${line}\n`)
+    else log.push(line)
   })
   if (child.pid !== undefined) directory.ends(child.pid, 'SIGKILL')
   const exited = once(child, 'exit')
@@ -45,6 +59,11 @@ export async function startProcess(env: Readonly<Record<string, string>>): Promi
   const running = started.move()
   return {
     client,
+    address,
+    pid: child.pid ?? 0,
+    get running() {
+      return child.exitCode === null && child.signalCode === null
+    },
     signal: (signal) => void child.kill(signal),
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   }

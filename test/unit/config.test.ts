@@ -71,6 +71,8 @@ describe('without any variable', () => {
         maxMessageBytes: 4 * 1024 * 1024,
         maxConcurrentStreams: 1_000,
         maxSessionMemoryBytes: 64 * 1024 * 1024,
+        maxRequestMemoryBytes: 256 * 1024 * 1024,
+        maxConnections: 10_000,
         maxConnectionIdleMs: 1_800_000,
         maxConnectionAgeMs: 3_600_000,
         maxConnectionAgeGraceMs: 30_000,
