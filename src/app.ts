@@ -211,6 +211,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   metrics.tiers.postgres.breaker = () => store.state
   metrics.tiers.origin.breaker = () => origin?.state
 
+  const rateLimit =
+    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
   const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
@@ -230,6 +232,15 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   })
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
   const writer = new Writer({ reader, postgres: store, origin, tail })
+  metrics.held = () => ({
+    ...reader.held(),
+    ...tail.held(),
+    ...subscriptions.held(),
+    tenant_locks: memory.stats().tenantsInUse,
+    waiting_reads: postgres.stats.connections.read.waiting,
+    waiting_writes: postgres.stats.connections.write.waiting,
+    rate_limit_tenants: rateLimit?.tenants ?? 0,
+  })
 
   let postgresAnswers = true
   const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
@@ -252,8 +263,6 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
-  const rateLimit =
-    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
   const grpc = await startGrpcServer(
     {
       listen: config.listen,

@@ -85,6 +85,14 @@ class Ring {
     this.#maxBytes = ringBytes
   }
 
+  get rows(): number {
+    return this.#rows.length
+  }
+
+  get bytes(): number {
+    return this.#bytes
+  }
+
   push(row: LogEntry): void {
     this.#rows.push(row)
     this.#bytes += sizeOf(row)
@@ -167,6 +175,26 @@ export class Subscriptions implements Follower {
     this.#metrics = parts.metrics
     this.#limits = parts.limits
     this.#tail.follow(this)
+  }
+
+  /** How much of what can grow there is now. */
+  held(): {
+    readonly rings: number
+    readonly ring_rows: number
+    readonly ring_bytes: number
+    readonly watching_connections: number
+  } {
+    let [rows, bytes] = [0, 0]
+    for (const { ring } of this.#tenants.values()) {
+      rows += ring.rows
+      bytes += ring.bytes
+    }
+    return {
+      rings: this.#tenants.size,
+      ring_rows: rows,
+      ring_bytes: bytes,
+      watching_connections: this.#connections.size,
+    }
   }
 
   applied(tenant: string, row: LogEntry): void {

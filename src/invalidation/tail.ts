@@ -122,6 +122,16 @@ export class Tail implements AsyncDisposable {
     this.#followers.push(follower)
   }
 
+  /** How much of what can grow there is now. */
+  held(): { readonly tenants: number; readonly floors: number; readonly waiters: number } {
+    let [floors, waiters] = [0, 0]
+    for (const { view, waiting } of this.#tenants.values()) {
+      floors += view.floors
+      waiters += waiting.size
+    }
+    return { tenants: this.#tenants.size, floors, waiters }
+  }
+
   /** The tail's clock, which `View.hasHeard` wants. */
   now(): number {
     return this.#options.now()

@@ -414,6 +414,7 @@ class Account {
     this.#method = method
     this.#startedMs = frame.now()
     rpc.started++
+    frame.metrics.openCalls++
   }
 
   reply(context: CallContext | undefined, callback: sendUnaryData<Reply>, reply: Reply): void {
@@ -438,6 +439,7 @@ class Account {
     context?.end()
     const durationMs = this.#frame.now() - this.#startedMs
     this.#rpc.finish(codeName(code), durationMs)
+    this.#frame.metrics.openCalls--
     if (!this.#frame.log.isLevelEnabled('debug')) return
     this.#frame.log.debug(
       {

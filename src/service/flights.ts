@@ -176,6 +176,11 @@ export class Flights {
     this.#depart = depart
   }
 
+  /** Flights that are under way. */
+  get size(): number {
+    return this.#under.cached.size + this.#under.direct.size
+  }
+
   /** The key's flight of this route, or a new one that leaves at the end of the tick. */
   join(tenant: string, id: string, route: Route, plan: FlightPlan): { flight: Flight; joined: boolean } {
     const flights = this.#under[route]

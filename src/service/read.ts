@@ -195,6 +195,11 @@ export class Reader {
     return (await this.#loader.keep(tenant, copies)).kept
   }
 
+  /** How much of what can grow there is now. */
+  held(): { readonly flights: number; readonly background: number; readonly failures: number } {
+    return { flights: this.#flights.size, ...this.#loader.held() }
+  }
+
   /** Waits for refreshes and stores that no caller waits for. Used before the tiers are closed. */
   settled(): Promise<void> {
     return this.#loader.settled()
