@@ -98,6 +98,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         maxConnections: pools.postgres,
         connectTimeoutMs: timeouts.postgresConnectMs,
         statementTimeoutMs: timeouts.postgresStatementMs,
+        maxWaiting: pools.postgresQueue,
         random,
         onConnectionError: (error) => log.warn({ err: error }, 'a PostgreSQL connection broke'),
       }),
@@ -202,7 +203,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     tail,
     source: postgres,
     metrics,
-    limits: config.subscriptions,
+    limits: { ...config.subscriptions, tenants: bounds.tenants },
   })
   await tail.start()
   started.use(keepTrimmed(postgres, config.retention, log))
@@ -269,7 +270,15 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       grpc: config.grpc,
       reflection: config.reflection,
       tls,
-      frame: { log, metrics, auth, rateLimit, now, maxDeadlineMs: timeouts.maxDeadlineMs },
+      frame: {
+        log,
+        metrics,
+        auth,
+        rateLimit,
+        now,
+        maxDeadlineMs: timeouts.maxDeadlineMs,
+        maxCalls: config.grpc.maxCalls,
+      },
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )

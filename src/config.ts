@@ -129,6 +129,8 @@ export interface Config {
   readonly grpc: {
     readonly maxMessageBytes: number
     readonly maxConcurrentStreams: number
+    /** On all connections together. */
+    readonly maxCalls: number
     readonly maxSessionMemoryBytes: number
     readonly maxConnectionIdleMs: number
     readonly maxConnectionAgeMs: number
@@ -754,6 +756,13 @@ const TABLE = {
     description: 'Most calls at once on one connection.',
     parse: count(1, 1_000_000),
   },
+  maxCalls: {
+    name: 'ITEMCACHE_MAX_CALLS',
+    group: LIMITS,
+    default: '50000',
+    description: 'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED.',
+    parse: count(1, 10_000_000),
+  },
   maxSessionMemory: {
     name: 'ITEMCACHE_MAX_SESSION_MEMORY',
     group: LIMITS,
@@ -979,6 +988,7 @@ function build(values: Values, cwd: string): Config {
     grpc: {
       maxMessageBytes: values.maxMessageBytes,
       maxConcurrentStreams: values.maxConcurrentStreams,
+      maxCalls: values.maxCalls,
       maxSessionMemoryBytes: values.maxSessionMemory,
       maxConnectionIdleMs: values.maxConnectionIdle,
       maxConnectionAgeMs: values.maxConnectionAge,

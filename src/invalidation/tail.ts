@@ -241,7 +241,10 @@ export class Tail implements AsyncDisposable {
     }
   }
 
-  /** Floors of many tenants together are bounded, too: those of the views that were used longest ago go first. */
+  /**
+   * Floors of many tenants together are bounded, too: those of the views that were used longest ago go first. A view that
+   * is needed stays, and forgets its floors.
+   */
   #boundFloors(): void {
     let floors = 0
     for (const { view } of this.#tenants.values()) floors += view.floors
@@ -252,6 +255,11 @@ export class Tail implements AsyncDisposable {
       if (!active || waiting.size > 0 || this.#isNeeded(tenant)) continue
       this.#tenants.delete(tenant)
       floors -= view.floors
+    }
+    for (const { view } of [...this.#tenants.values()].sort((a, b) => b.view.floors - a.view.floors)) {
+      if (floors <= this.#options.maxTotalFloors) return
+      floors -= view.floors
+      view.forget()
     }
   }
 

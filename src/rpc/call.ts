@@ -32,6 +32,8 @@ export interface CallFrame {
   readonly now: () => number
   /** Longest time that a unary call may take, whatever its deadline says. */
   readonly maxDeadlineMs: number
+  /** Most calls that are open at once, streams included. */
+  readonly maxCalls: number
   /** Aborts when the server begins to drain. */
   readonly draining: AbortSignal
 }
@@ -122,6 +124,12 @@ function whyGone(call: AnyCall): ItemCacheError {
 
 /** Decides who calls and whether they may, before anything of the request is looked at. At once, or later for a JWT. */
 export function admitted(frame: CallFrame, method: string, call: AnyCall): Identity | Promise<Identity> {
+  if (frame.metrics.openCalls > frame.maxCalls) {
+    throw new ItemCacheError('exhausted', 'too many calls are open on this instance', {
+      reason: 'TOO_MANY_CALLS',
+      retryAfterMs: 1000,
+    })
+  }
   const admit = (identity: Identity): Identity => {
     authorize(method, identity)
     frame.rateLimit?.take(identity.tenant)

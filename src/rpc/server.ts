@@ -63,6 +63,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   showRepeatedCredentials(server)
   server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
+  forgetStrangers(health)
   health.addToServer(server)
   if (reflection) new ReflectionService(describedFiles()).addToServer(server)
 
@@ -77,8 +78,12 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       cause: error,
     })
   }
+  let told = 'SERVING'
   const setServing = (serving: boolean) => {
     const status = serving && !draining.signal.aborted ? 'SERVING' : 'NOT_SERVING'
+    // Every watcher would be sent it again.
+    if (status === told) return
+    told = status
     for (const name of ['', ItemCacheService.typeName]) health.setStatus(name, status)
   }
   return {
@@ -126,6 +131,20 @@ function showRepeatedCredentials(server: Server): void {
     }
     return http2.prependListener('stream', join)
   }
+}
+
+/**
+ * The library remembers each name that somebody has watched for ever. Of names that it knows no state of, and never
+ * will, there is nothing to tell and so nothing to remember.
+ */
+function forgetStrangers(health: HealthImplementation): void {
+  const inside = health as unknown as { statusMap: ReadonlyMap<string, unknown>; watchers: unknown }
+  const { statusMap } = inside
+  inside.watchers = new (class extends Map<string, unknown> {
+    override set(name: string, watchers: unknown): this {
+      return statusMap.has(name) ? super.set(name, watchers) : this
+    }
+  })()
 }
 
 /** For the last answers to leave before connections are cut. */

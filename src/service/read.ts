@@ -444,8 +444,9 @@ export class Reader {
     }
   }
 
-  /** Reloads behind an answer; one reload per key, whoever asks. */
+  /** Reloads behind an answer; one reload per key, whoever asks. While there is no room for it the answer does without. */
   #refresh(tenant: string, id: string, plan: FlightPlan): void {
+    if (!this.#flights.hasRoom) return
     this.#goOn(this.#flights.join(tenant, id, 'cached', plan).flight)
   }
 

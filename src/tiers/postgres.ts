@@ -45,6 +45,8 @@ export interface PostgresOptions {
   readonly maxConnections?: number
   /** For a new connection, or a free one of the pool. Default 2,000 ms. */
   readonly connectTimeoutMs?: number
+  /** Most callers who wait for a connection: to read, to write, and for the log, each. Default 1,000. */
+  readonly maxWaiting?: number
   /** For a statement in the server. Default 5,000 ms. */
   readonly statementTimeoutMs?: number
   /** What `pg_stat_activity` shows. Default `itemcache`. */
@@ -445,6 +447,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   readonly #writers: pg.Pool
   readonly #followers: pg.Pool
   readonly #random: () => number
+  readonly #maxWaiting: number
   readonly #statements = { read: 0, write: 0 }
   #retries = 0
   /** The start of the newest timeline that an answer came from. */
@@ -484,6 +487,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     this.#readers = max === 1 ? this.#writers : newPool(Math.ceil(max / 2))
     this.#followers = newPool(FOLLOWER_CONNECTIONS)
     this.#random = options.random ?? Math.random
+    this.#maxWaiting = options.maxWaiting ?? 1000
   }
 
   get stats(): PostgresStats {
@@ -680,6 +684,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async newest(tenant: string, limit: PageLimit): Promise<LogPage> {
+    this.#checkWaiting(this.#followers)
     const lines = await this.#follow<LogLine>(tenant, LOG_NEWEST, [tenant, limit.rows, limit.names])
     return pagesOf([tenant], lines, limit).get(tenant) ?? EMPTY_LOG
   }
@@ -700,6 +705,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async bounds(tenant: string, signal?: AbortSignal): Promise<{ revision: Revision; oldest: Revision }> {
+    this.#checkWaiting(this.#followers)
     const [row] = await this.#follow<FromTimeline & { head: number; oldest: number | null }>(
       tenant,
       LOG_BOUNDS,
@@ -968,6 +974,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     work: (session: Session) => Promise<T>,
   ): Promise<T> {
     signal?.throwIfAborted()
+    // Following the log must go on, whoever else is waiting: what callers want of it has been checked before.
+    if (pool !== this.#followers) this.#checkWaiting(pool)
     const client = await pool.connect().catch((error) => {
       throw translated(error)
     })
@@ -977,6 +985,15 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     } finally {
       client.release(session.broken)
     }
+  }
+
+  /** A caller who has left may still be waiting for a connection, so that nobody but the pool knows how many do. */
+  #checkWaiting(pool: pg.Pool): void {
+    if (pool.waitingCount < this.#maxWaiting) return
+    throw new ItemCacheError('exhausted', 'too many calls of the database are waiting', {
+      reason: 'POSTGRES_BUSY',
+      retryAfterMs: RETRY_AFTER_MS,
+    })
   }
 
   async #query<Row>(session: Session, statement: Statement, values?: unknown[]): Promise<Row[]> {
