@@ -72,7 +72,7 @@ const REDIS_PATIENCE_MS = 1_000
 /** Pipelines that are under way at once; each has a timeout. More are not sent: PostgreSQL is asked. */
 const MAX_REDIS_CALLS = 1_000
 /** How long a stop waits for loads and stores that no caller waits for any more: an origin may take its time. */
-const SETTLE_PATIENCE_MS = 1_000
+const SETTLE_PATIENCE_MS = 500
 const TRIM_STEP_ROWS = 1_000
 const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
@@ -233,16 +233,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   })
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
   const writer = new Writer({ reader, postgres: store, origin, tail })
-  metrics.held = () => ({
-    ...reader.held(),
-    ...tail.held(),
-    ...subscriptions.held(),
-    tenant_locks: memory.stats().tenantsInUse,
-    waiting_reads: postgres.stats.connections.read.waiting,
-    waiting_writes: postgres.stats.connections.write.waiting,
-    rate_limit_tenants: rateLimit?.tenants ?? 0,
-  })
 
+  let draining = false
   let postgresAnswers = true
   const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
   const admin =
@@ -252,8 +244,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         ...config.admin,
         metrics: prometheusText(metrics, config.version),
         ready: async () => ({
-          ready: isServing(),
+          ready: isServing() && !draining,
           detail: {
+            draining,
             memory: { entries: memory.stats().entries },
             redis: connected?.state ?? 'off',
             postgres: postgresAnswers ? 'ready' : 'down',
@@ -282,8 +275,19 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
+  metrics.held = () => ({
+    open_answers: grpc.openAnswers(),
+    ...reader.held(),
+    ...tail.held(),
+    ...subscriptions.held(),
+    tenant_locks: memory.stats().tenantsInUse,
+    waiting_reads: postgres.stats.connections.read.waiting,
+    waiting_writes: postgres.stats.connections.write.waiting,
+    rate_limit_tenants: rateLimit?.tenants ?? 0,
+  })
   started.defer(async () => {
     log.info('draining')
+    draining = true
     await grpc.drain(timeouts.drainMs)
   })
   started.use(

@@ -11,15 +11,21 @@ import { ItemCacheError } from '../errors.ts'
 import { file_google_rpc_error_details } from '../gen/google/rpc/error_details_pb.ts'
 import { file_health_v1_health } from '../gen/health/v1/health_pb.ts'
 import { file_itemcache_v1_item_cache, ItemCacheService } from '../gen/itemcache/v1/item_cache_pb.ts'
-import type { Metrics } from '../observe/metrics.ts'
 import type { CallFrame } from './call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
+import { countOpenAnswers } from './open-answers.ts'
 import { grpcDefinition } from './service-definition.ts'
 import type { TlsCredentials } from './tls.ts'
 
 /** The full names of the RPCs, for the metrics. */
 export const RPC_METHODS: readonly string[] = ItemCacheService.methods.map((method) =>
   methodName(method.name),
+)
+
+const UNARY_PATHS: ReadonlySet<string> = new Set(
+  ItemCacheService.methods.flatMap(({ methodKind, name }) =>
+    methodKind === 'unary' ? [`/${methodName(name)}`] : [],
+  ),
 )
 
 /** What the server needs besides the services. */
@@ -36,6 +42,8 @@ export interface GrpcServerOptions {
 export interface GrpcServer {
   /** With the port that was really bound. */
   readonly address: HostPort
+  /** Unary calls whose answers have not left, or that have only begun. */
+  openAnswers(): number
   /** Answers of `grpc.health.v1`, for the whole server and for the service. */
   setServing(serving: boolean): void
   /**
@@ -67,6 +75,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   health.addToServer(server)
   if (reflection) new ReflectionService(describedFiles()).addToServer(server)
 
+  const openAnswers = countOpenAnswers(server, UNARY_PATHS)
   const host = listen.host.includes(':') ? `[${listen.host}]` : listen.host
   let port: number
   try {
@@ -88,6 +97,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   }
   return {
     address: { host: listen.host, port },
+    openAnswers,
     setServing,
     async drain(timeoutMs) {
       setServing(false)
@@ -103,9 +113,9 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
         resolve()
       }
       const timer = setTimeout(cut, timeoutMs)
-      // Streams of others (somebody who watches our health) would keep the server up when all calls have ended.
+      // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all calls have ended.
       const idle = setInterval(() => {
-        if (openCalls(frame.metrics) === 0) setTimeout(cut, LAST_WORDS_MS)
+        if (frame.metrics.openCalls === 0 && openAnswers() === 0) setTimeout(cut, LAST_WORDS_MS)
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise
@@ -149,15 +159,6 @@ function forgetStrangers(health: HealthImplementation): void {
 
 /** For the last answers to leave before connections are cut. */
 const LAST_WORDS_MS = 200
-
-function openCalls({ rpcs }: Metrics): number {
-  let open = 0
-  for (const { started, byStatus } of rpcs) {
-    open += started
-    for (const { count } of byStatus.values()) open -= count
-  }
-  return open
-}
 
 /**
  * What the reflection service tells of: our proto with all that it imports, the error details, and health. (The

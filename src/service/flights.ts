@@ -223,7 +223,10 @@ export class Flights {
 
   #boardingOf(tenant: string, route: Route): Boarding {
     if (this.#boarding.length === 0) setImmediate(() => this.#departAll())
-    const waiting = this.#boarding.findLast((one) => one.tenant === tenant && one.route === route)
+    // Whoever has boarded may all have left already, in this very tick: then their group is given up.
+    const waiting = this.#boarding.findLast(
+      (one) => one.tenant === tenant && one.route === route && !one.controller.signal.aborted,
+    )
     if (waiting !== undefined && waiting.flights.length < MAX_KEYS) return waiting
     const boarding: Boarding = { tenant, route, flights: [], controller: new AbortController(), left: 0 }
     this.#boarding.push(boarding)

@@ -454,6 +454,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   #timeline = 0
   /** The tenant that each connection is confined to. */
   readonly #tenants = new WeakMap<pg.PoolClient, string>()
+  /** Of the connections of all pools. */
+  readonly #sockets = new Set<Socket>()
   readonly #connection: pg.ClientConfig
   #closing: Promise<unknown> | undefined
 
@@ -464,6 +466,11 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       const pool = new pg.Pool({
         ...clientConfig(options),
         max: size,
+        stream: () => {
+          const socket = new Socket()
+          this.#sockets.add(socket)
+          return socket.once('close', () => this.#sockets.delete(socket))
+        },
         // So that the tenant is set without waiting for the answer.
         pipeline: true,
         // A session that forgot to say whose rows it wants gets nobody's: no tenant has a control character.
@@ -771,12 +778,23 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return rows + (await this.#change(EVERY_TENANT, REQUESTS_TRIM, [maxAgeMs / 1000, step], signal))
   }
 
-  /** Closes the connections when their statements are done. What comes after fails as `unavailable`. */
+  /**
+   * Closes the connections when their statements are done, and after a moment in any case. What comes after fails as
+   * `unavailable`.
+   */
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#closing ??= Promise.all(
-      [...new Set([this.#readers, this.#writers, this.#followers])].map((pool) => pool.end()),
-    )
+    this.#closing ??= this.#close()
     await this.#closing
+  }
+
+  async #close(): Promise<void> {
+    const pools = [...new Set([this.#readers, this.#writers, this.#followers])]
+    const closed = Promise.all(pools.map((pool) => pool.end()))
+    const patience = setTimeout(() => {
+      for (const socket of this.#sockets) socket.destroy()
+    }, CLOSE_PATIENCE_MS)
+    await closed
+    clearTimeout(patience)
   }
 
   /** One write of one item: replays the request, or locks the row, lets `apply` change it and reads it back. */

@@ -18,9 +18,9 @@ import { startPostgres } from '../../src/embedded/postgres.ts'
 import type { InvalidateItemsRequestSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { Caller, isFailed } from '../consistency/client.ts'
 import { connectSql, Instance, RedisServer } from '../consistency/servers.ts'
+import { RawConnection } from '../support/raw.ts'
 import { makeRunDirectory } from '../support/run-directory.ts'
 import { seededRandom, zipfTrace } from '../support/zipf.ts'
-import { RawConnection } from './raw.ts'
 
 type InvalidationTarget = NonNullable<MessageInitShape<typeof InvalidateItemsRequestSchema>['target']>
 
