@@ -244,7 +244,7 @@ describe('two instances', () => {
   })
 
   test('refresh a copy once for both', async () => {
-    const env = { ...environment(origin.catalogue), ITEMCACHE_FRESH_FOR: '2s', ITEMCACHE_TTL_JITTER: '0' }
+    const env = { ...environment(origin.catalogue), ITEMCACHE_FRESH_FOR: '4s', ITEMCACHE_TTL_JITTER: '0' }
     await using one = await startService({ databaseUrl: database.url, env })
     await using two = await startService({ databaseUrl: database.url, env })
     const both = [one, two]
