@@ -15,6 +15,7 @@ import { startAuth } from './rpc/auth.ts'
 import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
+import { Unsent } from './rpc/unsent.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -257,6 +258,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
+  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
@@ -271,12 +273,14 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         now,
         maxDeadlineMs: timeouts.maxDeadlineMs,
         maxCalls: config.grpc.maxCalls,
+        unsent,
       },
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
   metrics.held = () => ({
-    open_answers: grpc.openAnswers(),
+    unsent_bytes: unsent.bytes,
+    health_names: grpc.watchedNames(),
     ...reader.held(),
     ...tail.held(),
     ...subscriptions.held(),

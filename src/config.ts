@@ -131,6 +131,8 @@ export interface Config {
     readonly maxConcurrentStreams: number
     /** On all connections together. */
     readonly maxCalls: number
+    /** On all connections together. */
+    readonly maxAnswerMemoryBytes: number
     readonly maxSessionMemoryBytes: number
     readonly maxConnectionIdleMs: number
     readonly maxConnectionAgeMs: number
@@ -763,6 +765,14 @@ const TABLE = {
     description: 'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED.',
     parse: count(1, 10_000_000),
   },
+  maxAnswerMemory: {
+    name: 'ITEMCACHE_MAX_ANSWER_MEMORY',
+    group: LIMITS,
+    default: '256MiB',
+    description:
+      'Most memory that answers may take which callers have not taken yet, on all connections; one more is RESOURCE_EXHAUSTED.',
+    parse: size(MIB, 64 * GIB),
+  },
   maxSessionMemory: {
     name: 'ITEMCACHE_MAX_SESSION_MEMORY',
     group: LIMITS,
@@ -989,6 +999,7 @@ function build(values: Values, cwd: string): Config {
       maxMessageBytes: values.maxMessageBytes,
       maxConcurrentStreams: values.maxConcurrentStreams,
       maxCalls: values.maxCalls,
+      maxAnswerMemoryBytes: values.maxAnswerMemory,
       maxSessionMemoryBytes: values.maxSessionMemory,
       maxConnectionIdleMs: values.maxConnectionIdle,
       maxConnectionAgeMs: values.maxConnectionAge,

@@ -101,6 +101,11 @@ class Ring {
     return this.#bytes
   }
 
+  /** Of the batches that are remembered. */
+  get batchBytes(): number {
+    return this.#batchBytes
+  }
+
   push(row: LogEntry): void {
     this.#rows.push(row)
     this.#bytes += sizeOf(row)
@@ -210,14 +215,19 @@ export class Subscriptions implements Follower {
     readonly rings: number
     readonly ring_rows: number
     readonly ring_bytes: number
+    readonly batch_bytes: number
     readonly watching_connections: number
   } {
-    let rows = 0
-    for (const { ring } of this.#tenants.values()) rows += ring.rows
+    let [rows, batchBytes] = [0, 0]
+    for (const { ring } of this.#tenants.values()) {
+      rows += ring.rows
+      batchBytes += ring.batchBytes
+    }
     return {
       rings: this.#tenants.size,
       ring_rows: rows,
       ring_bytes: this.#ringBytes,
+      batch_bytes: batchBytes,
       watching_connections: this.#connections.size,
     }
   }

@@ -197,7 +197,7 @@ export function prometheusText(metrics: Metrics, version: string): Exposition {
     total(() => metrics.subscribers),
   )
   gauge('itemcache_held', 'How many there are now of what can grow: docs/limits.md.', ['what'], () =>
-    Object.entries({ calls: metrics.openCalls, ...metrics.held() }).map(
+    Object.entries({ calls: metrics.openCalls, open_answers: metrics.openAnswers, ...metrics.held() }).map(
       ([what, value]): Sample => [{ what }, value],
     ),
   )

@@ -15,11 +15,12 @@ import { ItemCacheError } from '../errors.ts'
 import type { CacheStatus } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
-import { type Authenticator, authorize, single, whenCredentialEnds } from './auth.ts'
+import { type Authenticator, authorize, isWrite, single, whenCredentialEnds } from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
+import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -32,8 +33,9 @@ export interface CallFrame {
   readonly now: () => number
   /** Longest time that a unary call may take, whatever its deadline says. */
   readonly maxDeadlineMs: number
-  /** Most calls that are open at once, streams included. */
+  /** Most calls that are open at once, streams included; and most that are answered, of which the callers lack a part. */
   readonly maxCalls: number
+  readonly unsent: Unsent
   /** Aborts when the server begins to drain. */
   readonly draining: AbortSignal
 }
@@ -124,7 +126,8 @@ function whyGone(call: AnyCall): ItemCacheError {
 
 /** Decides who calls and whether they may, before anything of the request is looked at. At once, or later for a JWT. */
 export function admitted(frame: CallFrame, method: string, call: AnyCall): Identity | Promise<Identity> {
-  if (frame.metrics.openCalls > frame.maxCalls) {
+  const { openCalls, openAnswers } = frame.metrics
+  if (openCalls > frame.maxCalls || openAnswers > frame.maxCalls) {
     throw new ItemCacheError('exhausted', 'too many calls are open on this instance', {
       reason: 'TOO_MANY_CALLS',
       retryAfterMs: 1000,
@@ -152,18 +155,25 @@ export function unary<Request>(
   handler: UnaryHandler<Request>,
 ): handleUnaryCall<Request | Malformed, Reply> {
   const rpc = frame.metrics.rpc(method)
+  const writes = isWrite(method)
   return (call, callback) => {
     const account = new Account(frame, rpc, method)
     let context: CallContext | undefined
+    const send = (reply: Reply) => {
+      const weight = weightOf(reply)
+      // What has been written is acknowledged in any case.
+      if (writes || frame.unsent.hasRoomFor(weight)) {
+        frame.unsent.addUntilClosed(weight, call)
+        account.reply(context, callback, reply)
+      } else account.refuse(context, callback, tooMuchUnsent())
+    }
     const answer = ({ tenant }: Identity) => {
+      if (writes && !frame.unsent.hasRoomFor(1)) throw tooMuchUnsent()
       context = new CallContext(call, tenant, frame.maxDeadlineMs)
       const reply = handler(wellFormed(call.request), context)
       if (reply instanceof Promise) {
-        reply.then(
-          (late) => account.reply(context, callback, late),
-          (error: unknown) => account.refuse(context, callback, error),
-        )
-      } else account.reply(context, callback, reply)
+        reply.then(send, (error: unknown) => account.refuse(context, callback, error))
+      } else send(reply)
     }
     try {
       const identity = admitted(frame, method, call)
@@ -211,7 +221,14 @@ export function serverStream<Request>(
         const signals = { gone: gone.signal, draining: frame.draining }
         const signal = AbortSignal.any([gone.signal, frame.draining])
         for await (const reply of handler(request, context, signals)) {
-          await flushed(call, reply, signal)
+          const weight = weightOf(reply)
+          if (!frame.unsent.hasRoomFor(weight)) throw tooMuchUnsent()
+          frame.unsent.add(weight)
+          try {
+            await flushed(call, reply, signal)
+          } finally {
+            frame.unsent.release(weight)
+          }
         }
         gone.signal.throwIfAborted()
         account.finish(context, status.OK)
@@ -273,6 +290,7 @@ export function lookUpStream<Request>(
     let context: CallContext | undefined
     let loading = 0
     let unsent = 0
+    let unsentBytes = 0
     let full = false
     let ending: 'half-closed' | 'draining' | undefined
     let over = false
@@ -280,6 +298,7 @@ export function lookUpStream<Request>(
 
     const finish = () => {
       over = true
+      frame.unsent.release(unsentBytes)
       frame.draining.removeEventListener('abort', drain)
       forgetCredential?.()
     }
@@ -307,9 +326,16 @@ export function lookUpStream<Request>(
     }
     const answer = (reply: Reply) => {
       if (over) return
+      const weight = weightOf(reply)
+      if (!frame.unsent.hasRoomFor(weight)) return fail(tooMuchUnsent())
+      frame.unsent.add(weight)
+      unsentBytes += weight
       unsent++
       full = !call.write(reply, () => {
         unsent--
+        if (over) return
+        unsentBytes -= weight
+        frame.unsent.release(weight)
         endIfDone()
       })
       if (full) call.pause()

@@ -42,8 +42,8 @@ export interface GrpcServerOptions {
 export interface GrpcServer {
   /** With the port that was really bound. */
   readonly address: HostPort
-  /** Unary calls whose answers have not left, or that have only begun. */
-  openAnswers(): number
+  /** Names whose health somebody has watched. */
+  watchedNames(): number
   /** Answers of `grpc.health.v1`, for the whole server and for the service. */
   setServing(serving: boolean): void
   /**
@@ -71,11 +71,11 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   showRepeatedCredentials(server)
   server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
-  forgetStrangers(health)
+  const watchedNames = forgetStrangers(health)
   health.addToServer(server)
   if (reflection) new ReflectionService(describedFiles()).addToServer(server)
 
-  const openAnswers = countOpenAnswers(server, UNARY_PATHS)
+  countOpenAnswers(server, UNARY_PATHS, frame.metrics)
   const host = listen.host.includes(':') ? `[${listen.host}]` : listen.host
   let port: number
   try {
@@ -97,7 +97,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   }
   return {
     address: { host: listen.host, port },
-    openAnswers,
+    watchedNames,
     setServing,
     async drain(timeoutMs) {
       setServing(false)
@@ -115,7 +115,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       const timer = setTimeout(cut, timeoutMs)
       // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all calls have ended.
       const idle = setInterval(() => {
-        if (frame.metrics.openCalls === 0 && openAnswers() === 0) setTimeout(cut, LAST_WORDS_MS)
+        if (frame.metrics.openCalls === 0 && frame.metrics.openAnswers === 0) setTimeout(cut, LAST_WORDS_MS)
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise
@@ -147,14 +147,18 @@ function showRepeatedCredentials(server: Server): void {
  * The library remembers each name that somebody has watched for ever. Of names that it knows no state of, and never
  * will, there is nothing to tell and so nothing to remember.
  */
-function forgetStrangers(health: HealthImplementation): void {
-  const inside = health as unknown as { statusMap: ReadonlyMap<string, unknown>; watchers: unknown }
+function forgetStrangers(health: HealthImplementation): () => number {
+  const inside = health as unknown as {
+    statusMap: ReadonlyMap<string, unknown>
+    watchers: Map<string, unknown>
+  }
   const { statusMap } = inside
   inside.watchers = new (class extends Map<string, unknown> {
     override set(name: string, watchers: unknown): this {
       return statusMap.has(name) ? super.set(name, watchers) : this
     }
   })()
+  return () => inside.watchers.size
 }
 
 /** For the last answers to leave before connections are cut. */

@@ -2,12 +2,14 @@
 import { setImmediate as turn } from 'node:timers/promises'
 import { describe, expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
+import { Subscriptions } from '../../src/invalidation/subscriptions.ts'
 import { type Follower, Tail } from '../../src/invalidation/tail.ts'
 import { type LogRow, View } from '../../src/invalidation/view.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import { Flights, type Group } from '../../src/service/flights.ts'
-import type { LogPage, LogSource } from '../../src/tiers/tier.ts'
+import { Probe, type ProbeOptions } from '../../src/service/probe.ts'
+import type { Copy, LogPage, LogSource, Snapshot } from '../../src/tiers/tier.ts'
 
 const busy = (action: () => unknown): string | undefined => {
   try {
@@ -46,16 +48,20 @@ describe('flights', () => {
   })
 })
 
-describe('floors', () => {
-  const row = (revision: number, more: Partial<LogRow> = {}): LogRow => ({
-    revision,
-    kind: 'UPSERTED',
-    mode: 'EXPIRE',
-    ids: [`k${revision}`],
-    tags: [`t${revision}`],
-    ...more,
-  })
+const row = (revision: number, more: Partial<LogRow> = {}): LogRow => ({
+  revision,
+  kind: 'UPSERTED',
+  mode: 'EXPIRE',
+  ids: [`k${revision}`],
+  tags: [`t${revision}`],
+  ...more,
+})
 
+const unused = () => {
+  throw new Error('not asked')
+}
+
+describe('floors', () => {
   test('that are forgotten make copies look older than they are, never newer', () => {
     const view = new View(100)
     view.activate(0, [], 0)
@@ -89,9 +95,6 @@ describe('floors', () => {
       })),
       complete: true,
     }
-    const unused = () => {
-      throw new Error('not asked')
-    }
     let polled = 0
     const source: LogSource = {
       newest: async () => page,
@@ -124,6 +127,189 @@ describe('floors', () => {
     await expect.poll(() => polled, { timeout: 20_000 }).toBeGreaterThan(3)
     expect(tail.held()).toMatchObject({ tenants: 9, waiters: 0 })
   })
+})
+
+describe('what many tenants make an instance keep', () => {
+  const ROW_BYTES = 64 + 8 + 128
+  const LIMITS = {
+    tenants: 15,
+    watchersPerTenant: 100,
+    watchersPerConnection: 1000,
+    ringRows: 1000,
+    ringBytes: 50 * ROW_BYTES,
+  }
+
+  /** A log with the same rows for every tenant, `revision` of them, as an instance with watchers follows it. */
+  async function follow() {
+    const log = { revision: 0 }
+    const rows = (after: number) =>
+      Array.from({ length: log.revision - after }, (_, i) => ({
+        ...row(after + i + 1, { ids: [`${after + i + 1}`.padStart(128, 'k')], tags: [] }),
+        writer: '',
+        committedAtMs: 0,
+        ageMs: 1e6,
+      }))
+    const page = (after: number): LogPage => ({ revision: log.revision, rows: rows(after), complete: true })
+    const source: LogSource = {
+      newest: async () => page(log.revision),
+      after: async (positions) =>
+        new Map([...positions].map(([tenant, position]) => [tenant, page(position)])),
+      listen: async () => ({ [Symbol.asyncDispose]: async () => {} }),
+      seen: () => {},
+      bounds: async () => ({ revision: log.revision, oldest: 1 }),
+      trim: unused,
+    }
+    const metrics = new Metrics({ methods: [] })
+    const tail = new Tail({
+      source,
+      metrics,
+      log: createLogger({ level: 'silent', version: '0' }),
+      now: () => performance.now(),
+      pollMs: 5,
+      maxTenants: 15,
+      maxFloors: 1000,
+      maxTotalFloors: 1e6,
+      idleMs: 1e9,
+      exclusive: async (_, section) => section(),
+    })
+    const subscriptions = new Subscriptions({ tail, source, metrics, limits: LIMITS })
+    await tail.start()
+    const gone = new AbortController()
+    const watch = async (tenant: string, resumeAfter?: number) => {
+      const stream = subscriptions.watch(
+        {
+          tenant,
+          resumeAfter,
+          ids: new Set(),
+          tags: new Set(),
+          heartbeatMs: 60_000,
+          maxBatchDelayMs: 0,
+          exceptWriter: undefined,
+          connection: 'one',
+        },
+        gone.signal,
+        new AbortController().signal,
+      )
+      await stream.next()
+      return stream
+    }
+    /** Every tenant gets so many rows, and this instance has applied them. */
+    const commit = async (count: number) => {
+      log.revision += count
+      const tenants = Array.from({ length: tail.held().tenants }, (_, n) => `tenant ${n}`)
+      await Promise.all(
+        tenants.map((tenant) => tail.reached(tenant, log.revision, AbortSignal.timeout(20_000))),
+      )
+    }
+    return {
+      tail,
+      subscriptions,
+      watch,
+      commit,
+      [Symbol.asyncDispose]: async () => {
+        gone.abort(new Error('the test is over'))
+        await tail[Symbol.asyncDispose]()
+      },
+    }
+  }
+
+  test('the state of those who were here most recently, and of no more', async () => {
+    await using bed = await follow()
+    for (let n = 0; n < 100; n++) {
+      await bed.tail.activated(`tenant ${n}`)
+      expect(bed.tail.held().tenants).toBeLessThanOrEqual(15)
+    }
+    expect(bed.tail.view('tenant 99')).toBeDefined()
+    expect(bed.tail.view('tenant 0')).toBeUndefined()
+  })
+
+  test('rings for watchers of so many tenants; those who come later are refused', async () => {
+    await using bed = await follow()
+    const streams = []
+    for (let n = 0; n < 15; n++) streams.push(await bed.watch(`tenant ${n}`))
+    const refused = { code: 'exhausted', reason: 'TOO_MANY_WATCHERS' }
+    await expect(bed.watch('one more')).rejects.toMatchObject(refused)
+    await bed.watch('tenant 3')
+    await streams[7]?.return(undefined)
+    await bed.watch('one more')
+    expect(bed.subscriptions.held().rings).toBe(15)
+  })
+
+  test('rings as large as ten full ones, all together, and every watcher gets every row', async () => {
+    await using bed = await follow()
+    const streams = []
+    for (let n = 0; n < 15; n++) streams.push(await bed.watch(`tenant ${n}`))
+    for (let n = 0; n < 30; n++) {
+      await bed.commit(7)
+      const { ring_bytes, ring_rows } = bed.subscriptions.held()
+      expect(ring_bytes).toBeLessThanOrEqual(10 * LIMITS.ringBytes)
+      expect(ring_bytes).toBe(ring_rows * ROW_BYTES)
+    }
+    for (const stream of streams) {
+      let last = 0
+      while (last < 30 * 7) {
+        const { value } = await stream.next()
+        if (value?.kind !== 'batch') throw new Error(`expected a batch, got ${value?.kind}`)
+        expect(value.rows[0]?.revision).toBe(last + 1)
+        last = value.rows.at(-1)?.revision ?? Number.NaN
+      }
+      await stream.return(undefined)
+    }
+    expect(bed.subscriptions.held()).toEqual({
+      rings: 0,
+      ring_rows: 0,
+      ring_bytes: 0,
+      batch_bytes: 0,
+      watching_connections: 0,
+    })
+  })
+
+  test('batches for watchers at many places that are together no larger than their ring', async () => {
+    await using bed = await follow()
+    await bed.watch('tenant 0')
+    await bed.commit(40)
+    for (let after = 0; after < 40; after++) {
+      const stream = await bed.watch('tenant 0', after)
+      await stream.next()
+      const { batch_bytes, ring_bytes } = bed.subscriptions.held()
+      expect(batch_bytes).toBeGreaterThan(0)
+      expect(batch_bytes).toBeLessThanOrEqual(ring_bytes)
+    }
+  })
+})
+
+test('the consistency probe compares one copy at a time, however many are served', async () => {
+  const asked: PromiseWithResolvers<ReadonlyMap<string, Snapshot>>[] = []
+  const metrics = new Metrics({ methods: [] })
+  const read = () => {
+    const answer = Promise.withResolvers<ReadonlyMap<string, Snapshot>>()
+    asked.push(answer)
+    return answer.promise
+  }
+  const probe = new Probe({
+    postgres: { read } as unknown as ProbeOptions['postgres'],
+    metrics,
+    log: createLogger({ level: 'silent', version: '0' }),
+    now: () => 0,
+    random: () => 0,
+    oneIn: 1,
+  })
+  const copy: Copy = {
+    id: 'a',
+    asOf: 1,
+    revision: 0,
+    bytes: undefined,
+    tags: [],
+    verifiedAtMs: 0,
+    freshUntilMs: 0,
+  }
+  for (let n = 0; n < 100; n++) probe.served('t', copy)
+  expect(asked).toHaveLength(1)
+  asked[0]?.resolve(new Map())
+  await turn()
+  expect(metrics.probes.consistent).toBe(1)
+  probe.served('t', copy)
+  expect(asked).toHaveLength(2)
 })
 
 describe('lines of the log', () => {

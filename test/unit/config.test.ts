@@ -71,6 +71,7 @@ describe('without any variable', () => {
         maxMessageBytes: 4 * 1024 * 1024,
         maxConcurrentStreams: 1_000,
         maxCalls: 50_000,
+        maxAnswerMemoryBytes: 256 * 1024 * 1024,
         maxSessionMemoryBytes: 64 * 1024 * 1024,
         maxConnectionIdleMs: 1_800_000,
         maxConnectionAgeMs: 3_600_000,
