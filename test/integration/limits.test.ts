@@ -1,23 +1,40 @@
 /** Bounds that only a whole server shows: docs/limits.md names all of them. */
 import { once } from 'node:events'
-import type { ClientHttp2Stream } from 'node:http2'
+import { readFileSync } from 'node:fs'
+import { type ClientHttp2Stream, constants } from 'node:http2'
 import { connect } from 'node:net'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { create, fromBinary, toBinary } from '@bufbuild/protobuf'
+import { create, fromBinary, type MessageShape, toBinary } from '@bufbuild/protobuf'
 import { status } from '@grpc/grpc-js'
 import { describe, expect, test } from 'vitest'
 import { HealthCheckRequestSchema } from '../../src/gen/health/v1/health_pb.ts'
 import {
   type InvalidationEvent,
+  ItemCacheService,
   WatchInvalidationsResponseSchema,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { startAdmin } from '../../src/observe/admin.ts'
 import { RawConnection } from '../support/raw.ts'
 import { startService, type TestService } from '../support/service.ts'
-import { by, openStore } from './postgres-fixture.ts'
+import { by, connectSql, openStore } from './postgres-fixture.ts'
 
 const KIB = 1024
 const held = ({ app }: TestService, what: string) => app.metrics.held()[what]
+
+test('docs/limits.md names every number of itemcache_held, and no other', async () => {
+  await using service = await startService()
+  const text = await (await fetch(`http://127.0.0.1:${service.app.admin?.port}/metrics`)).text()
+  const told = [...text.matchAll(/^itemcache_held\{what="(\w+)"\}/gm)].map(([, what]) => what)
+  const page = readFileSync(join(import.meta.dirname, '../../docs/limits.md'), 'utf8')
+  // The column before the last, which is that of the tests.
+  const cells = page.split('\n').map((line) => (line.split(' | ').length < 5 ? '' : line.split(' | ').at(-2)))
+  const names = cells.flatMap((cell = '') => [...cell.matchAll(/`([a-z_]+)`/g)].map(([, name]) => name ?? ''))
+  expect(new Set(names.filter((name) => !name.startsWith('itemcache_')))).toEqual(new Set(told))
+  for (const name of names.filter((name) => name.startsWith('itemcache_'))) {
+    expect(text).toContain(`# TYPE ${name} `)
+  }
+})
 
 test('calls on all connections together are bounded, and there is room again when one ends', async () => {
   await using service = await startService({ env: { ITEMCACHE_MAX_CALLS: '2' } })
@@ -102,6 +119,42 @@ describe('callers who do not take their answers', () => {
     expect(events.map(({ ids }) => ids)).toEqual(Array.from({ length: writes }, (_, n) => [`item-${n}`]))
     await expect.poll(() => held(service, 'unsent_bytes')).toBe(0)
   })
+})
+
+test('a connection whose answers are not taken gets no further calls; others do', async () => {
+  await using service = await startService({ env: { ITEMCACHE_MAX_SESSION_MEMORY: '1MiB' } })
+  const { client } = service
+  await client.call('createItem', { item: { id: 'large', description: 'd'.repeat(200 * KIB) } })
+  using raw = new RawConnection(service.address)
+  raw.open('batchGetItems', { ids: Array.from({ length: 20 }, () => 'large') }, 'default')
+  await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(KIB * KIB)
+  const refused = raw.open('getItem', { id: '1' }, 'default')
+  await new Promise((done) => refused.once('close', done))
+  expect(refused.rstCode).toBe(constants.NGHTTP2_ENHANCE_YOUR_CALM)
+  expect(await client.call('getItem', { id: '1' })).toMatchObject({ result: { case: 'item' } })
+})
+
+test('a stream of look-ups has 500 under way, and reads on when one is answered', async () => {
+  const patient = { ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT: '29s', ITEMCACHE_POSTGRES_CONNECT_TIMEOUT: '29s' }
+  await using service = await startService({ env: { ORIGIN_URL: 'off', REDIS_URL: 'off', ...patient } })
+  await using locker = await connectSql(service.databaseUrl)
+  await locker('BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE')
+  const path = `/${ItemCacheService.typeName}/StreamItems`
+  const { input, output } = ItemCacheService.method.streamItems
+  const call = service.client.raw.makeBidiStreamRequest(
+    path,
+    (request: MessageShape<typeof input>) => Buffer.from(toBinary(input, request)),
+    (bytes: Buffer) => fromBinary(output, bytes),
+  )
+  let answered = 0
+  call.on('data', () => answered++)
+  for (let n = 1; n <= 2000; n++) call.write(create(input, { correlationId: BigInt(n), id: `${n}` }))
+  call.end()
+  await expect.poll(() => held(service, 'flights')).toBe(500)
+  await service.client.call('getMetrics', {})
+  expect(held(service, 'flights')).toBe(500)
+  await locker('COMMIT')
+  await expect.poll(() => answered).toBe(2000)
 })
 
 /** Reads on, and collects what comes. */
