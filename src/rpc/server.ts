@@ -35,7 +35,7 @@ export interface GrpcServerOptions {
   readonly reflection: boolean
   /** `undefined`: no TLS. */
   readonly tls: TlsCredentials | undefined
-  readonly frame: Omit<CallFrame, 'draining'>
+  readonly frame: Omit<CallFrame, 'draining' | 'hurrying'>
 }
 
 /** A server that listens. */
@@ -57,7 +57,8 @@ export interface GrpcServer {
 export async function startGrpcServer(options: GrpcServerOptions, services: Services): Promise<GrpcServer> {
   const { listen, grpc, reflection } = options
   const draining = new AbortController()
-  const frame: CallFrame = { ...options.frame, draining: draining.signal }
+  const hurrying = new AbortController()
+  const frame: CallFrame = { ...options.frame, draining: draining.signal, hurrying: hurrying.signal }
   const server = new Server({
     'grpc.max_receive_message_length': grpc.maxMessageBytes,
     'grpc.max_concurrent_streams': grpc.maxConcurrentStreams,
@@ -107,6 +108,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
           retryAfterMs: 1000,
         }),
       )
+      const hurry = setTimeout(() => hurrying.abort(draining.signal.reason), LAST_MESSAGES_MS)
       const { promise, resolve } = Promise.withResolvers<void>()
       const cut = () => {
         server.forceShutdown()
@@ -119,6 +121,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise
+      clearTimeout(hurry)
       clearTimeout(timer)
       clearInterval(idle)
     },
@@ -163,6 +166,8 @@ function forgetStrangers(health: HealthImplementation): () => number {
 
 /** For the last answers to leave before connections are cut. */
 const LAST_WORDS_MS = 200
+/** For streams to take the message that is on its way to them, and then to be told that this is the end. */
+const LAST_MESSAGES_MS = 500
 
 /**
  * What the reflection service tells of: our proto with all that it imports, the error details, and health. (The

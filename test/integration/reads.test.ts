@@ -12,6 +12,7 @@ import {
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { freshDatabase, freshPostgres, freshRedis } from '../support/servers.ts'
 import { startService, type TestService } from '../support/service.ts'
+import { connectSql } from './postgres-fixture.ts'
 
 const GET_ITEM = 'itemcache.v1.ItemCacheService/GetItem'
 const seconds = (n: number) => ({ seconds: BigInt(n), nanos: 0 })
@@ -328,6 +329,43 @@ describe('an origin that fails', () => {
   })
 })
 
+describe('the catalogue', () => {
+  test('is asked once for an item that many want at the same time, in whatever way', async () => {
+    const held = Promise.withResolvers<void>()
+    let asked = 0
+    await using service = await startService({
+      catalogue: {
+        intercept: (_, response) => {
+          asked++
+          void held.promise.then(() => response.end(PRODUCT))
+          return true
+        },
+      },
+    })
+    const { client } = service
+    const fresh = { options: { freshness: Freshness.FRESH } }
+    const reads = [client.call('getItem', { id: '1' })]
+    await expect.poll(() => asked).toBe(1)
+    // One after the other, so that each has a SELECT of its own.
+    const loads = () => service.app.metrics.loads
+    for (let i = 0; i < 5; i++) {
+      const before = loads()
+      reads.push(client.call('getItem', { id: '1', ...fresh }))
+      await expect.poll(loads).toBeGreaterThan(before)
+    }
+    const before = loads()
+    const write = client.call('updateItem', {
+      item: { id: '1', title: 'written' },
+      updateMask: { paths: ['title'] },
+    })
+    await expect.poll(loads).toBeGreaterThan(before)
+    held.resolve()
+    expect((await write).item).toMatchObject({ title: 'written', category: 'held' })
+    for (const read of reads) expect((await read).result.case).toBe('item')
+    expect(asked).toBe(1)
+  })
+})
+
 describe('a copy that is read often', () => {
   test('is refreshed before its time is over, so that nobody finds it stale', async () => {
     await using service = await startService({
@@ -491,6 +529,44 @@ describe('when a dependency fails', () => {
     expect(reasons).not.toContain(StaleReason.UNSPECIFIED)
     await postgres.resume()
     await expect.poll(async () => (await get('1')).cache?.skippedTiers, { timeout: 20_000 }).toEqual([])
+  })
+
+  test('a PostgreSQL that has too much to do keeps no reader from what Redis holds', async () => {
+    await using database = await freshDatabase()
+    await using service = await startService({
+      databaseUrl: database.url,
+      env: {
+        ITEMCACHE_MEMORY: 'off',
+        ITEMCACHE_FRESH_FOR: '1ms',
+        ITEMCACHE_POSTGRES_POOL: '2',
+        ITEMCACHE_POSTGRES_QUEUE: '1',
+        ORIGIN_URL: 'off',
+      },
+    })
+    const { client } = service
+    await client.call('createItem', { item: { id: 'a', title: 'x' } })
+    await client.call('getItem', { id: 'a' })
+    const held = async () => (await client.call('inspectItem', { id: 'a' })).tiers[1]?.present
+    await expect.poll(held).toBe(true)
+    await using sql = await connectSql(database.url)
+    await sql('BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE')
+    // Two wait in PostgreSQL or for a connection, and so does a third; all others are one too many.
+    const cold = Array.from({ length: 6 }, (_, i) =>
+      client.call('getItem', { id: 'cold' }, { metadata: { 'x-tenant-id': `busy-${i}` } }).then(
+        () => status.OK,
+        ({ code }: { code: number }) => code,
+      ),
+    )
+    expect(await Promise.race(cold)).toBe(status.RESOURCE_EXHAUSTED)
+    const { result, cache } = await client.call('getItem', { id: 'a' })
+    expect(result.value).toMatchObject({ title: 'x' })
+    expect(cache).toMatchObject({
+      outcome: CacheOutcome.STALE,
+      staleReason: StaleReason.TIER_DOWN,
+      tier: Tier.REDIS,
+    })
+    await sql('ROLLBACK')
+    await Promise.all(cold)
   })
 
   test('two instances that start on one empty database at once both come up', async () => {

@@ -172,7 +172,7 @@ export interface ServiceOptions {
 }
 
 /** Timeouts that a busy machine does not reach; tests of what happens after them set their own. */
-const PATIENT = {
+export const PATIENT = {
   ITEMCACHE_REDIS_TIMEOUT: '5s',
   ITEMCACHE_REDIS_SLOW: '5s',
   ITEMCACHE_SOFT_TIMEOUT: '5s',

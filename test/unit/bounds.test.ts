@@ -303,12 +303,12 @@ test('the consistency probe compares one copy at a time, however many are served
     verifiedAtMs: 0,
     freshUntilMs: 0,
   }
-  for (let n = 0; n < 100; n++) probe.served('t', copy)
+  for (let n = 0; n < 100; n++) probe.served('t', copy, new View(10))
   expect(asked).toHaveLength(1)
   asked[0]?.resolve(new Map())
   await turn()
   expect(metrics.probes.consistent).toBe(1)
-  probe.served('t', copy)
+  probe.served('t', copy, new View(10))
   expect(asked).toHaveLength(2)
 })
 
