@@ -553,9 +553,9 @@ if (process.argv[1] === import.meta.filename) {
     options: {
       minutes: { type: 'string', default: '20' },
       seed: { type: 'string', default: '1' },
-      /** Most growth over the second half. The descriptors of those who come and go are 15 more or less by chance. */
+      /** Most growth over the second half. The descriptors of those who come and go are 20 more or less by chance. */
       'max-mb': { type: 'string', default: '10' },
-      'max-descriptors': { type: 'string', default: '15' },
+      'max-descriptors': { type: 'string', default: '30' },
     },
   })
   const tolerance = {

@@ -15,11 +15,18 @@ import {
   WatchInvalidationsResponseSchema,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { startAdmin } from '../../src/observe/admin.ts'
-import { RawConnection } from '../support/raw.ts'
+import { framed, RawConnection } from '../support/raw.ts'
 import { startService, type TestService } from '../support/service.ts'
 import { by, connectSql, openStore } from './postgres-fixture.ts'
 
 const KIB = 1024
+const LookUp = ItemCacheService.method.streamItems
+const lookUps = ({ client }: TestService) =>
+  client.raw.makeBidiStreamRequest(
+    `/${ItemCacheService.typeName}/StreamItems`,
+    (request: MessageShape<typeof LookUp.input>) => Buffer.from(toBinary(LookUp.input, request)),
+    (bytes: Buffer) => fromBinary(LookUp.output, bytes),
+  )
 const held = ({ app }: TestService, what: string) => app.metrics.held()[what]
 
 test('docs/limits.md names every number of itemcache_held, and no other', async () => {
@@ -95,11 +102,14 @@ describe('callers who do not take their answers', () => {
     expect(trailers['grpc-status']).toBe(`${status.RESOURCE_EXHAUSTED}`)
     raw[Symbol.dispose]()
     await expect.poll(() => held(service, 'unsent_bytes')).toBe(0)
-    // A look-up that is waiting for its caller, who takes it in the end, or goes.
+    // Answers that wait for their caller, who takes them in the end, or goes.
     for (const end of ['takes', 'goes']) {
       using other = new RawConnection(service.address)
-      const slow = other.open('streamItems', { correlationId: 1n, id: 'large' }, 'default')
-      await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(200 * KIB)
+      const slow = other.begin('streamItems', 'default')
+      for (let n = 1n; n <= 4n; n++) {
+        slow.write(framed(toBinary(LookUp.input, create(LookUp.input, { correlationId: n, id: 'large' }))))
+      }
+      await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(400 * KIB)
       if (end === 'takes') slow.resume()
       else other[Symbol.dispose]()
       await expect.poll(() => held(service, 'unsent_bytes')).toBe(0)
@@ -143,16 +153,10 @@ test('a stream of look-ups has 500 under way, and reads on when one is answered'
   await using service = await startService({ env: { ORIGIN_URL: 'off', REDIS_URL: 'off', ...patient } })
   await using locker = await connectSql(service.databaseUrl)
   await locker('BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE')
-  const path = `/${ItemCacheService.typeName}/StreamItems`
-  const { input, output } = ItemCacheService.method.streamItems
-  const call = service.client.raw.makeBidiStreamRequest(
-    path,
-    (request: MessageShape<typeof input>) => Buffer.from(toBinary(input, request)),
-    (bytes: Buffer) => fromBinary(output, bytes),
-  )
+  const call = lookUps(service)
   let answered = 0
   call.on('data', () => answered++)
-  for (let n = 1; n <= 700; n++) call.write(create(input, { correlationId: BigInt(n), id: `${n}` }))
+  for (let n = 1; n <= 700; n++) call.write(create(LookUp.input, { correlationId: BigInt(n), id: `${n}` }))
   call.end()
   await expect.poll(() => held(service, 'flights')).toBe(500)
   await service.client.call('getMetrics', {})

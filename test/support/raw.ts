@@ -51,7 +51,8 @@ export class RawConnection implements Disposable {
   }
 }
 
-function framed(message: Uint8Array): Buffer {
+/** A message as gRPC sends it. */
+export function framed(message: Uint8Array): Buffer {
   const prefix = Buffer.alloc(5)
   prefix.writeUInt32BE(message.byteLength, 1)
   return Buffer.concat([prefix, message])
