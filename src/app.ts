@@ -15,6 +15,7 @@ import { startAuth } from './rpc/auth.ts'
 import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
+import { Unsent } from './rpc/unsent.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -76,7 +77,7 @@ const REDIS_PATIENCE_MS = 1_000
 /** Pipelines that are under way at once; each has a timeout. More are not sent: PostgreSQL is asked. */
 const MAX_REDIS_CALLS = 1_000
 /** How long a stop waits for loads and stores that no caller waits for any more: an origin may take its time. */
-const SETTLE_PATIENCE_MS = 1_000
+const SETTLE_PATIENCE_MS = 500
 const TRIM_STEP_ROWS = 1_000
 const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
@@ -103,6 +104,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         maxConnections: pools.postgres,
         connectTimeoutMs: timeouts.postgresConnectMs,
         statementTimeoutMs: timeouts.postgresStatementMs,
+        maxWaiting: pools.postgresQueue,
         random,
         onConnectionError: (error) => log.warn({ err: error }, 'a PostgreSQL connection broke'),
       }),
@@ -207,7 +209,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     tail,
     source: postgres,
     metrics,
-    limits: config.subscriptions,
+    limits: { ...config.subscriptions, tenants: bounds.tenants },
   })
   await tail.start()
   started.use(keepTrimmed(postgres, config.retention, log))
@@ -216,6 +218,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   metrics.tiers.postgres.breaker = () => store.state
   metrics.tiers.origin.breaker = () => origin?.state
 
+  const rateLimit =
+    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
   const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
@@ -236,6 +240,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
   const writer = new Writer({ reader, postgres: store, origin, tail })
 
+  let draining = false
   let postgresAnswers = true
   const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
   const admin =
@@ -245,8 +250,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         ...config.admin,
         metrics: prometheusText(metrics, config.version),
         ready: async () => ({
-          ready: isServing(),
+          ready: isServing() && !draining,
           detail: {
+            draining,
             memory: { entries: memory.stats().entries },
             redis: connected?.state ?? 'off',
             postgres: postgresAnswers ? 'ready' : 'down',
@@ -257,20 +263,40 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
-  const rateLimit =
-    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
+  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
       grpc: config.grpc,
       reflection: config.reflection,
       tls,
-      frame: { log, metrics, auth, rateLimit, now, maxDeadlineMs: timeouts.maxDeadlineMs },
+      frame: {
+        log,
+        metrics,
+        auth,
+        rateLimit,
+        now,
+        maxDeadlineMs: timeouts.maxDeadlineMs,
+        maxCalls: config.grpc.maxCalls,
+        unsent,
+      },
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
+  metrics.held = () => ({
+    unsent_bytes: unsent.bytes,
+    health_names: grpc.watchedNames(),
+    ...reader.held(),
+    ...tail.held(),
+    ...subscriptions.held(),
+    tenant_locks: memory.stats().tenantsInUse,
+    waiting_reads: postgres.stats.connections.read.waiting,
+    waiting_writes: postgres.stats.connections.write.waiting,
+    rate_limit_tenants: rateLimit?.tenants ?? 0,
+  })
   started.defer(async () => {
     log.info('draining')
+    draining = true
     await grpc.drain(timeouts.drainMs)
   })
   started.use(

@@ -129,6 +129,10 @@ export interface Config {
   readonly grpc: {
     readonly maxMessageBytes: number
     readonly maxConcurrentStreams: number
+    /** On all connections together. */
+    readonly maxCalls: number
+    /** On all connections together. */
+    readonly maxAnswerMemoryBytes: number
     readonly maxSessionMemoryBytes: number
     /** Of all connections together. */
     readonly maxRequestMemoryBytes: number
@@ -757,6 +761,21 @@ const TABLE = {
     description: 'Most calls at once on one connection.',
     parse: count(1, 1_000_000),
   },
+  maxCalls: {
+    name: 'ITEMCACHE_MAX_CALLS',
+    group: LIMITS,
+    default: '50000',
+    description: 'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED.',
+    parse: count(1, 10_000_000),
+  },
+  maxAnswerMemory: {
+    name: 'ITEMCACHE_MAX_ANSWER_MEMORY',
+    group: LIMITS,
+    default: '256MiB',
+    description:
+      'Most memory that answers may take which callers have not taken yet, on all connections; one more is RESOURCE_EXHAUSTED.',
+    parse: size(MIB, 64 * GIB),
+  },
   maxSessionMemory: {
     name: 'ITEMCACHE_MAX_SESSION_MEMORY',
     group: LIMITS,
@@ -998,6 +1017,8 @@ function build(values: Values, cwd: string): Config {
     grpc: {
       maxMessageBytes: values.maxMessageBytes,
       maxConcurrentStreams: values.maxConcurrentStreams,
+      maxCalls: values.maxCalls,
+      maxAnswerMemoryBytes: values.maxAnswerMemory,
       maxSessionMemoryBytes: values.maxSessionMemory,
       maxRequestMemoryBytes: values.maxRequestMemory,
       maxConnections: values.maxConnections,

@@ -155,6 +155,8 @@ export class Intake implements Disposable {
 
     let refused = false
     this.#calls.add(call)
+    // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer: its stream does.
+    if (kind === 'unary') this.#options.metrics.openAnswers++
     stream.on('data', (chunk: Buffer) => {
       if (refused || weight.add(chunk)) return
       refused = true
@@ -163,6 +165,7 @@ export class Intake implements Disposable {
     })
     stream.once('close', () => {
       weight.release()
+      if (kind === 'unary') this.#options.metrics.openAnswers--
       this.#calls.delete(call)
     })
     return call

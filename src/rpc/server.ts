@@ -12,7 +12,6 @@ import { file_google_rpc_error_details } from '../gen/google/rpc/error_details_p
 import { file_health_v1_health } from '../gen/health/v1/health_pb.ts'
 import { file_itemcache_v1_item_cache, ItemCacheService } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
-import type { Metrics } from '../observe/metrics.ts'
 import type { CallFrame } from './call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
 import { Intake, type MethodKind } from './intake.ts'
@@ -38,6 +37,8 @@ export interface GrpcServerOptions {
 export interface GrpcServer {
   /** With the port that was really bound. */
   readonly address: HostPort
+  /** Names whose health somebody has watched. */
+  watchedNames(): number
   /** Answers of `grpc.health.v1`, for the whole server and for the service. */
   setServing(serving: boolean): void
   /**
@@ -85,6 +86,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   }
   server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
+  const watchedNames = forgetStrangers(health)
   health.addToServer(server)
   if (reflection) new ReflectionService(describedFiles()).addToServer(server)
 
@@ -99,12 +101,17 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       cause: error,
     })
   }
+  let told = 'SERVING'
   const setServing = (serving: boolean) => {
     const status = serving && !draining.signal.aborted ? 'SERVING' : 'NOT_SERVING'
+    // Every watcher would be sent it again.
+    if (status === told) return
+    told = status
     for (const name of ['', ItemCacheService.typeName]) health.setStatus(name, status)
   }
   return {
     address: { host: listen.host, port },
+    watchedNames,
     setServing,
     async drain(timeoutMs) {
       setServing(false)
@@ -121,9 +128,9 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
         resolve()
       }
       const timer = setTimeout(cut, timeoutMs)
-      // Streams of others (somebody who watches our health) would keep the server up when all calls have ended.
+      // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all calls have ended.
       const idle = setInterval(() => {
-        if (openCalls(frame.metrics) === 0) setTimeout(cut, LAST_WORDS_MS)
+        if (frame.metrics.openCalls === 0 && frame.metrics.openAnswers === 0) setTimeout(cut, LAST_WORDS_MS)
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise
@@ -150,19 +157,28 @@ function quiet(log: Logger): void {
   setLogger({ error: line, info: line, debug: line })
 }
 
+/**
+ * The library remembers each name that somebody has watched for ever. Of names that it knows no state of, and never
+ * will, there is nothing to tell and so nothing to remember.
+ */
+function forgetStrangers(health: HealthImplementation): () => number {
+  const inside = health as unknown as {
+    statusMap: ReadonlyMap<string, unknown>
+    watchers: Map<string, unknown>
+  }
+  const { statusMap } = inside
+  inside.watchers = new (class extends Map<string, unknown> {
+    override set(name: string, watchers: unknown): this {
+      return statusMap.has(name) ? super.set(name, watchers) : this
+    }
+  })()
+  return () => inside.watchers.size
+}
+
 /** For the last answers to leave before connections are cut. */
 const LAST_WORDS_MS = 200
 /** For streams to take the message that is on its way to them, and then to be told that this is the end. */
 const LAST_MESSAGES_MS = 500
-
-function openCalls({ rpcs }: Metrics): number {
-  let open = 0
-  for (const { started, byStatus } of rpcs) {
-    open += started
-    for (const { count } of byStatus.values()) open -= count
-  }
-  return open
-}
 
 /**
  * What the reflection service tells of: our proto with all that it imports, the error details, and health. (The

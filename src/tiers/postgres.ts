@@ -45,6 +45,8 @@ export interface PostgresOptions {
   readonly maxConnections?: number
   /** For a new connection, or a free one of the pool. Default 2,000 ms. */
   readonly connectTimeoutMs?: number
+  /** Most callers who wait for a connection: to read, to write, and for the log, each. Default 1,000. */
+  readonly maxWaiting?: number
   /** For a statement in the server. Default 5,000 ms. */
   readonly statementTimeoutMs?: number
   /** What `pg_stat_activity` shows. Default `itemcache`. */
@@ -453,12 +455,15 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   readonly #writers: pg.Pool
   readonly #followers: pg.Pool
   readonly #random: () => number
+  readonly #maxWaiting: number
   readonly #statements = { read: 0, write: 0 }
   #retries = 0
   /** The start of the newest timeline that an answer came from. */
   #timeline = 0
   /** The tenant that each connection is confined to. */
   readonly #tenants = new WeakMap<pg.PoolClient, string>()
+  /** Of the connections of all pools. */
+  readonly #sockets = new Set<Socket>()
   readonly #connection: pg.ClientConfig
   #closing: Promise<unknown> | undefined
 
@@ -473,6 +478,11 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       const pool = new pg.Pool({
         ...clientConfig(options),
         max: size,
+        stream: () => {
+          const socket = new Socket()
+          this.#sockets.add(socket)
+          return socket.once('close', () => this.#sockets.delete(socket))
+        },
         // So that the tenant is set without waiting for the answer.
         pipeline: true,
         // A session that forgot to say whose rows it wants gets nobody's: no tenant has a control character.
@@ -495,6 +505,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     this.#readers = max === 1 ? this.#writers : newPool(Math.ceil(max / 2))
     this.#followers = newPool(FOLLOWER_CONNECTIONS)
     this.#random = options.random ?? Math.random
+    this.#maxWaiting = options.maxWaiting ?? 1000
   }
 
   get stats(): PostgresStats {
@@ -691,6 +702,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async newest(tenant: string, limit: PageLimit): Promise<LogPage> {
+    this.#checkWaiting(this.#followers)
     const lines = await this.#follow<LogLine>(tenant, LOG_NEWEST, [tenant, limit.rows, limit.names])
     return pagesOf([tenant], lines, limit).get(tenant) ?? EMPTY_LOG
   }
@@ -711,6 +723,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async bounds(tenant: string, signal?: AbortSignal): Promise<{ revision: Revision; oldest: Revision }> {
+    this.#checkWaiting(this.#followers)
     const [row] = await this.#follow<FromTimeline & { head: number; oldest: number | null }>(
       tenant,
       LOG_BOUNDS,
@@ -783,12 +796,23 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return rows + (await this.#change(EVERY_TENANT, REQUESTS_TRIM, [maxAgeMs / 1000, step], signal))
   }
 
-  /** Closes the connections when their statements are done. What comes after fails as `unavailable`. */
+  /**
+   * Closes the connections when their statements are done, and after a moment in any case. What comes after fails as
+   * `unavailable`.
+   */
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#closing ??= Promise.all(
-      [...new Set([this.#readers, this.#writers, this.#followers])].map((pool) => pool.end()),
-    )
+    this.#closing ??= this.#close()
     await this.#closing
+  }
+
+  async #close(): Promise<void> {
+    const pools = [...new Set([this.#readers, this.#writers, this.#followers])]
+    const closed = Promise.all(pools.map((pool) => pool.end()))
+    const patience = setTimeout(() => {
+      for (const socket of this.#sockets) socket.destroy()
+    }, CLOSE_PATIENCE_MS)
+    await closed
+    clearTimeout(patience)
   }
 
   /** One write of one item: replays the request, or locks the row, lets `apply` change it and reads it back. */
@@ -1001,6 +1025,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     work: (session: Session) => Promise<T>,
   ): Promise<T> {
     signal?.throwIfAborted()
+    // Following the log must go on, whoever else is waiting: what callers want of it has been checked before.
+    if (pool !== this.#followers) this.#checkWaiting(pool)
     const client = await pool.connect().catch((error) => {
       throw isQueueTimeout(error) && purpose === 'write' ? queuedTooLong(error) : translated(error)
     })
@@ -1010,6 +1036,15 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     } finally {
       client.release(session.broken)
     }
+  }
+
+  /** A caller who has left may still be waiting for a connection, so that nobody but the pool knows how many do. */
+  #checkWaiting(pool: pg.Pool): void {
+    if (pool.waitingCount < this.#maxWaiting) return
+    throw new ItemCacheError('exhausted', 'too many calls of the database are waiting', {
+      reason: 'POSTGRES_BUSY',
+      retryAfterMs: RETRY_AFTER_MS,
+    })
   }
 
   async #query<Row>(session: Session, statement: Statement, values?: unknown[]): Promise<Row[]> {

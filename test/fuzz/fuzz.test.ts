@@ -38,7 +38,7 @@ beforeAll(async () => {
   const database = started.use(await freshDatabase())
   const catalogue = started.use(await startCatalogue())
   const env = { DATABASE_URL: database.url, REDIS_URL: redisUrl(), ORIGIN_URL: catalogue.url }
-  service = started.use(await startProcess({ ...env, ITEMCACHE_LOG_LEVEL: 'warn' }, log))
+  service = started.use(await startProcess({ ...env, ITEMCACHE_LOG_LEVEL: 'warn' }, { log }))
   const fuzzed = started.use(
     await startCatalogue({
       intercept: (_, response) => {

@@ -68,7 +68,7 @@ beforeAll(async () => {
         ORIGIN_URL: catalogue.url,
         ITEMCACHE_LOG_LEVEL: 'debug',
       },
-      log,
+      { log },
     ),
   )
   const other = started.use(await freshDatabase())
