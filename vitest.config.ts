@@ -3,7 +3,8 @@ import { defineConfig } from 'vitest/config'
 export default defineConfig({
   test: {
     pool: 'forks',
-    maxWorkers: 2,
+    // One more than the cores of a small machine: much of what is tested is waiting.
+    maxWorkers: 3,
     testTimeout: 60_000,
     // What must come in the end comes late on a busy machine.
     expect: { poll: { timeout: 20_000 } },

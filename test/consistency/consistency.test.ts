@@ -42,7 +42,7 @@ describe('three instances, eight clients and four watchers, at a service with ev
   })
 
   test.each(HISTORIES)('every promise is kept with %s', { timeout: 240_000 }, async (_, seed, profile) => {
-    const plan = planOf(seed, { ms: 8000, watchers: 4, faultEveryMs: 500, ...profile })
+    const plan = planOf(seed, { ms: 6000, watchers: 4, faultEveryMs: 400, ...profile })
     const { events } = await runHistory(world, plan, ROOT)
     expect(check(events)).toEqual([])
 
