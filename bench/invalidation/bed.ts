@@ -259,15 +259,19 @@ export function options(): {
   readonly seconds?: number
   readonly stuck?: number
   readonly rows?: number
+  readonly count?: number
   readonly json?: string
 } {
   const text = { type: 'string' } as const
-  const { values } = parseArgs({ options: { seconds: text, stuck: text, rows: text, json: text } })
-  const { seconds, stuck, rows, json } = values
+  const { values } = parseArgs({
+    options: { seconds: text, stuck: text, rows: text, count: text, json: text },
+  })
+  const { seconds, stuck, rows, count, json } = values
   return {
     ...(seconds !== undefined && { seconds: Number(seconds) }),
     ...(stuck !== undefined && { stuck: Number(stuck) }),
     ...(rows !== undefined && { rows: Number(rows) }),
+    ...(count !== undefined && { count: Number(count) }),
     ...(json !== undefined && { json }),
   }
 }

@@ -197,7 +197,9 @@ export class Subscriptions implements Follower {
     draining: AbortSignal,
   ): AsyncGenerator<WatchMessage> {
     const { tenant, connection } = request
-    const view = await this.#tail.activated(tenant, signal)
+    let view = await this.#tail.activated(tenant, signal)
+    // It may have been dropped since; from here on it is needed.
+    while (view !== this.#tail.view(tenant)) view = await this.#tail.activated(tenant, signal)
     const watched = this.#enter(tenant, connection, view)
     try {
       yield* this.#follow(request, view, watched, signal, draining)

@@ -327,6 +327,8 @@ export class Tail implements AsyncDisposable {
     const tailed = this.#tenants.get(tenant)
     if (tailed === undefined) return
     const { view } = tailed
+    // While others have their turn the view may be dropped, and another one begun that knows more.
+    const isDropped = () => this.#tenants.get(tenant) !== tailed
     // Activated anew meanwhile, or an answer from before what has been seen: neither says anything of this view.
     if (view.position !== from || page.revision < from) return
     if (page.revision > from) this.#heat(tenant)
@@ -336,13 +338,15 @@ export class Tail implements AsyncDisposable {
     if (whole) {
       for (let next = 0; next < page.rows.length; ) {
         next = await this.#options.exclusive(tenant, () =>
-          this.#applySome(tenant, tailed, page.rows, next, sentAtMs),
+          isDropped() ? page.rows.length : this.#applySome(tenant, tailed, page.rows, next, sentAtMs),
         )
         // Readers and writers of the tenant get their turn.
         if (next < page.rows.length) await nextTurn()
       }
+      if (isDropped()) return
     } else {
       await this.#options.exclusive(tenant, () => view.jump(page.revision))
+      if (isDropped()) return
       this.#wake(tailed)
       for (const follower of this.#followers) follower.jumped(tenant, page.revision)
     }
@@ -379,7 +383,7 @@ export class Tail implements AsyncDisposable {
     }
   }
 
-  /** From commit to applied: the row's age by the database's clock when it was read, and our time since we asked. */
+  /** From written to applied: the row's age by the database's clock when it was read, and our time since we asked. */
   #recordLag(row: LogEntry, sentAtMs: number): void {
     const { metrics, now } = this.#options
     metrics.invalidationsApplied++

@@ -235,8 +235,13 @@ export class View {
   }
 
   /** Known before applied: a copy newer than the position is about to be served or stored. */
-  ahead({ id, asOf }: Dated): void {
-    if (asOf > this.#position) this.#raise(this.#keys, id, 'changed', asOf)
+  ahead({ id, asOf, tags }: Dated): void {
+    if (asOf <= this.#position) return
+    this.#raise(this.#keys, id, 'changed', asOf)
+    if (id.startsWith(LISTED)) return
+    // A page that was read before may lack it.
+    this.#raise(this.#tags, LISTED, 'changed', asOf)
+    for (const tag of tags) this.#raise(this.#tags, LISTED + tag, 'changed', asOf)
   }
 
   /** Known before applied: a write is about to be acknowledged. */

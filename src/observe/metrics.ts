@@ -308,7 +308,7 @@ export class Metrics {
   readonly bypassedReads = new LatencyHistogram()
   /** What the consistency probe has found. */
   readonly probes = { consistent: 0, withinBound: 0, violation: 0 }
-  /** From an invalidation's commit to its being applied here. */
+  /** From an invalidation being written, a moment before its commit, to its being applied here. */
   readonly invalidationLag = new LatencyHistogram()
   /** Invalidation streams that are open now. */
   subscribers = 0

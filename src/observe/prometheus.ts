@@ -173,7 +173,7 @@ export function prometheusText(metrics: Metrics, version: string): Exposition {
     [],
     total(() => metrics.coalescedLoads),
   )
-  counter('itemcache_refreshes_total', 'Background refreshes by result.', ['result'], () => [
+  counter('itemcache_refreshes_total', 'Reloads that no reader waited for, by result.', ['result'], () => [
     [{ result: 'ok' }, metrics.refreshesOk],
     [{ result: 'failed' }, metrics.refreshesFailed],
   ])
@@ -186,7 +186,7 @@ export function prometheusText(metrics: Metrics, version: string): Exposition {
   new PulledHistogram(
     registry,
     'itemcache_invalidation_lag_seconds',
-    'From the commit of an invalidation to its being applied here.',
+    'From an invalidation being written to its being applied here.',
     [],
     () => [[{}, metrics.invalidationLag]],
   )

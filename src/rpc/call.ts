@@ -34,6 +34,8 @@ export interface CallFrame {
   readonly maxDeadlineMs: number
   /** Aborts when the server begins to drain. */
   readonly draining: AbortSignal
+  /** Aborts a moment later: messages of streams that have not left by then are given up. */
+  readonly hurrying: AbortSignal
 }
 
 type AnyCall =
@@ -201,7 +203,7 @@ export function serverStream<Request>(
         const request = wellFormed(call.request)
         forgetCredential = whenCredentialEnds(identity, (why) => gone.abort(why))
         const signals = { gone: gone.signal, draining: frame.draining }
-        const signal = AbortSignal.any([gone.signal, frame.draining])
+        const signal = AbortSignal.any([gone.signal, frame.hurrying])
         for await (const reply of handler(request, context, signals)) {
           await flushed(call, reply, signal)
         }

@@ -29,7 +29,7 @@ export interface GrpcServerOptions {
   readonly reflection: boolean
   /** `undefined`: no TLS. */
   readonly tls: TlsCredentials | undefined
-  readonly frame: Omit<CallFrame, 'draining'>
+  readonly frame: Omit<CallFrame, 'draining' | 'hurrying'>
 }
 
 /** A server that listens. */
@@ -49,7 +49,8 @@ export interface GrpcServer {
 export async function startGrpcServer(options: GrpcServerOptions, services: Services): Promise<GrpcServer> {
   const { listen, grpc, reflection } = options
   const draining = new AbortController()
-  const frame: CallFrame = { ...options.frame, draining: draining.signal }
+  const hurrying = new AbortController()
+  const frame: CallFrame = { ...options.frame, draining: draining.signal, hurrying: hurrying.signal }
   const server = new Server({
     'grpc.max_receive_message_length': grpc.maxMessageBytes,
     'grpc.max_concurrent_streams': grpc.maxConcurrentStreams,
@@ -92,6 +93,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
           retryAfterMs: 1000,
         }),
       )
+      const hurry = setTimeout(() => hurrying.abort(draining.signal.reason), LAST_MESSAGES_MS)
       const { promise, resolve } = Promise.withResolvers<void>()
       const cut = () => {
         server.forceShutdown()
@@ -104,6 +106,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise
+      clearTimeout(hurry)
       clearTimeout(timer)
       clearInterval(idle)
     },
@@ -130,6 +133,8 @@ function showRepeatedCredentials(server: Server): void {
 
 /** For the last answers to leave before connections are cut. */
 const LAST_WORDS_MS = 200
+/** For streams to take the message that is on its way to them, and then to be told that this is the end. */
+const LAST_MESSAGES_MS = 500
 
 function openCalls({ rpcs }: Metrics): number {
   let open = 0

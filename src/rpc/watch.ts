@@ -10,6 +10,7 @@ import {
   WatchInvalidationsResponseSchema,
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions, WatchMessage, WatchRequest } from '../invalidation/subscriptions.ts'
+import { untilAborted } from '../invalidation/tail.ts'
 import { LIMITS } from '../item.ts'
 import { DEFAULT_READ, type Reader } from '../service/read.ts'
 import type { LogEntry } from '../tiers/tier.ts'
@@ -29,18 +30,46 @@ import {
 const DEFAULT_HEARTBEAT_MS = 500
 /** `include_items` adds items to a batch up to this many bytes, so that a message stays below a client's 4 MiB. */
 const MAX_ITEMS_BYTES = 2 * 1024 * 1024
+/** For reading the items of a batch. */
+const ITEMS_TIMEOUT_MS = 30_000
+/** What batches with items may take in all that watchers have not taken yet; beyond it batches go without items. */
+const MAX_UNTAKEN_BYTES = 64 * 1024 * 1024
 
 export function watchInvalidations(
   subscriptions: Subscriptions,
   reader: Reader,
 ): StreamHandler<WatchInvalidationsRequest> {
+  // Watchers that wake together at the same cursor share what is being read and encoded for them.
+  const underWay = new Map<readonly LogEntry[], Promise<Uint8Array>>()
+  let untakenBytes = 0
+  const withItems = (tenant: string, rows: readonly LogEntry[]): Promise<Uint8Array> => {
+    const bytes =
+      underWay.get(rows) ?? itemsOf(rows, tenant, reader).then((items) => encodeBatch(rows, items))
+    if (!underWay.has(rows)) {
+      underWay.set(rows, bytes)
+      const forget = () => underWay.delete(rows)
+      bytes.then(forget, forget)
+    }
+    return bytes
+  }
   return async function* (request, context, { gone, draining }) {
     const watch = watchRequest(request, context)
     for await (const message of subscriptions.watch(watch, gone, draining)) {
-      if (message.kind === 'batch' && request.includeItems) {
-        const items = await itemsOf(message.rows, watch.tenant, reader, gone)
-        yield encodeBatch(message.rows, items)
-      } else yield encode(message)
+      if (message.kind !== 'batch' || !request.includeItems) {
+        yield encode(message)
+        continue
+      }
+      const bytes = await untilAborted(withItems(watch.tenant, message.rows), gone)
+      if (untakenBytes + bytes.byteLength > MAX_UNTAKEN_BYTES) {
+        yield encode(message)
+        continue
+      }
+      untakenBytes += bytes.byteLength
+      try {
+        yield bytes
+      } finally {
+        untakenBytes -= bytes.byteLength
+      }
     }
   }
 }
@@ -134,20 +163,28 @@ function encodeBatch(
   rows: readonly LogEntry[],
   items: ReadonlyMap<string, Uint8Array> | undefined,
 ): Uint8Array {
+  const newest = items === undefined ? undefined : newestRows(rows)
   const writer = new BinaryWriter()
   writer.tag(BATCH_FIELD, WireType.LengthDelimited).fork()
   for (const row of rows) {
     writer.tag(EVENTS_FIELD, WireType.LengthDelimited).fork()
     writer.raw(toBinary(InvalidationEventSchema, create(InvalidationEventSchema, eventInit(row))))
-    if (items !== undefined && row.kind === 'UPSERTED') {
-      for (const id of row.ids) {
-        const item = items.get(id)
-        if (item !== undefined) writer.tag(ITEMS_FIELD, WireType.LengthDelimited).bytes(item)
-      }
+    for (const id of newest === undefined ? [] : row.ids) {
+      const item = newest?.get(id) === row ? items?.get(id) : undefined
+      if (item !== undefined) writer.tag(ITEMS_FIELD, WireType.LengthDelimited).bytes(item)
     }
     writer.join()
   }
   return writer.join().finish()
+}
+
+/** The last row that has written each item. */
+function newestRows(rows: readonly LogEntry[]): ReadonlyMap<string, LogEntry> {
+  const newest = new Map<string, LogEntry>()
+  for (const row of rows) {
+    if (row.kind === 'UPSERTED') for (const id of row.ids) newest.set(id, row)
+  }
+  return newest
 }
 
 function eventInit(row: LogEntry): MessageInitShape<typeof InvalidationEventSchema> {
@@ -167,10 +204,10 @@ async function itemsOf(
   rows: readonly LogEntry[],
   tenant: string,
   reader: Reader,
-  signal: AbortSignal,
 ): Promise<ReadonlyMap<string, Uint8Array>> {
   const minRevision = rows.at(-1)?.revision ?? 0
-  const ids = [...new Set(rows.flatMap((row) => (row.kind === 'UPSERTED' ? row.ids : [])))]
+  const ids = [...newestRows(rows).keys()]
+  const signal = AbortSignal.timeout(ITEMS_TIMEOUT_MS)
   const items = new Map<string, Uint8Array>()
   let bytes = 0
   for (let i = 0; i < ids.length && bytes < MAX_ITEMS_BYTES; i += LIMITS.batchIds) {

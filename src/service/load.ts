@@ -32,6 +32,7 @@ import type {
 } from '../tiers/tier.ts'
 import { RecentFailures } from './failures.ts'
 import { type Flight, type Group, keyOf, type Load, type Skipped } from './flights.ts'
+import { OriginRequests } from './origin-requests.ts'
 import { isInShare } from './rollout.ts'
 import { Stampede } from './stampede.ts'
 
@@ -91,6 +92,7 @@ export class Loader {
   readonly #options: LoaderOptions
   readonly #stampede: Stampede | undefined
   readonly #failures: RecentFailures
+  readonly #requests: OriginRequests | undefined
   /** The logical clock that orders readers and SELECTs. */
   #tick = 0
   readonly #background = new Set<Promise<unknown>>()
@@ -100,6 +102,14 @@ export class Loader {
     this.#options = options
     const { failureTtlMs: openMs, lockTtlMs: ttlMs, random } = options
     this.#failures = new RecentFailures({ ...options, ttlMs: openMs })
+    const { origin } = parts
+    this.#requests =
+      origin &&
+      new OriginRequests(async (id, signal) => {
+        const draft = await this.#timed('origin', () => origin.fetch(id, signal))
+        this.#asked('origin', draft === undefined ? 0 : 1, draft === undefined ? 1 : 0)
+        return draft
+      })
     if (parts.locks !== undefined && ttlMs > 0) {
       this.#stampede = new Stampede({ locks: parts.locks, ttlMs, openMs, random })
     }
@@ -376,8 +386,7 @@ export class Loader {
    * the origin would be asked again.
    */
   async #fetch(tenant: string, unknown: readonly Unknown[]): Promise<void> {
-    const { postgres, origin } = this.#parts
-    if (origin === undefined) return
+    const { postgres } = this.#parts
     const arrived = new Map<string, { flight: Flight; draft: ItemDraft }>()
     let inserting: Promise<void> | undefined
     const insert = async (batch: readonly { flight: Flight; draft: ItemDraft }[]): Promise<void> => {
@@ -415,12 +424,11 @@ export class Loader {
     const fetchOne = async ({ flight, snapshot, readAtMs }: Unknown): Promise<void> => {
       let draft: ItemDraft | undefined
       try {
-        draft = await this.#timed('origin', () => origin.fetch(flight.id, flight.signal))
+        draft = await this.#requests?.fetch(flight.id, flight.signal)
       } catch (error) {
         this.#failures.remember(keyOf(tenant, flight.id), error)
         throw error
       }
-      this.#asked('origin', draft === undefined ? 0 : 1, draft === undefined ? 1 : 0)
       if (draft === undefined) {
         const absent = { flight, copy: this.copyOf(snapshot, readAtMs) }
         return this.#arrive(tenant, [absent], 'origin', flight.sentAt ?? 0)

@@ -3,17 +3,19 @@
  * answer, with what PostgreSQL holds.
  *
  * - `consistent`: the same.
- * - `within bound`: not the same, but the change is so young that the copy was still allowed to be served.
+ * - `within bound`: not the same, but the change was not known here yet, and the log had been heard of lately enough.
  * - `violation`: the copy should not have been served. Either the log has no row after the copy's as-of that explains the
- *   difference, or the row was committed too long before. Logged with both positions.
+ *   difference, or the row had been applied, or the log had not been heard of for too long. Logged with both positions.
+ *
+ * No clock of the database takes part: a row carries the time at which it was written, and its transaction may commit
+ * much later. That a poll which was sent when the log was last heard of did not bring the row proves that it was not
+ * committed then.
  */
-import { HEARD_BOUND_MS, LISTED } from '../invalidation/view.ts'
+import { HEARD_BOUND_MS, LISTED, type View } from '../invalidation/view.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
-import type { Copy, LogEntry, LogSource, Snapshot, StoreTier } from '../tiers/tier.ts'
+import type { Copy, LogEntry, LogSource, Revision, Snapshot, StoreTier } from '../tiers/tier.ts'
 
-/** Scheduling and the database's own time: what may pass between a commit and its row being seen, besides the bound. */
-const SLACK_MS = 1000
 /** More log rows than this after the copy's as-of are not looked through. */
 const WINDOW = { rows: 500, names: 100_000 }
 
@@ -39,13 +41,12 @@ export class Probe {
     this.#left = this.#pick()
   }
 
-  /** A hit was served. At most one comparison runs at a time. */
-  served(tenant: string, copy: Copy): void {
+  /** A hit was served by this view. At most one comparison runs at a time. */
+  served(tenant: string, copy: Copy, { position, heardMs }: View): void {
     if (--this.#left > 0 || this.#running || this.#options.oneIn === 0 || copy.id.startsWith(LISTED)) return
     this.#left = this.#pick()
     this.#running = true
-    const servedAtMs = this.#options.now()
-    this.#compare(tenant, copy, servedAtMs)
+    this.#compare(tenant, copy, position, this.#options.now() - heardMs)
       // PostgreSQL did not answer: nothing is learnt.
       .catch(() => {})
       .finally(() => {
@@ -53,8 +54,9 @@ export class Probe {
       })
   }
 
-  async #compare(tenant: string, copy: Copy, servedAtMs: number): Promise<void> {
-    const { postgres, metrics, log, now } = this.#options
+  /** `silentMs`: how long the log had not been heard of when the copy was served at `position`. */
+  async #compare(tenant: string, copy: Copy, position: Revision, silentMs: number): Promise<void> {
+    const { postgres, metrics, log } = this.#options
     const { id } = copy
     const snapshot = (await postgres.read(tenant, [id])).get(id)
     if (snapshot === undefined || isSame(copy, snapshot)) {
@@ -64,8 +66,7 @@ export class Probe {
     const page = (await postgres.after(new Map([[tenant, copy.asOf]]), WINDOW)).get(tenant)
     const change = page?.rows.find((row) => concerns(row, copy))
     if (change === undefined && page?.complete !== true) return
-    const ageMs = change === undefined ? Number.POSITIVE_INFINITY : change.ageMs - (now() - servedAtMs)
-    if (ageMs <= HEARD_BOUND_MS + SLACK_MS) {
+    if (change !== undefined && change.revision > position && silentMs <= HEARD_BOUND_MS) {
       metrics.probes.withinBound++
       return
     }
@@ -75,6 +76,7 @@ export class Probe {
         tenant,
         id,
         served_as_of: copy.asOf,
+        served_at: position,
         served_revision: copy.revision,
         revision: snapshot.revision,
         as_of: snapshot.asOf,

@@ -208,8 +208,12 @@ export class Reader {
     load: Load | undefined,
   ): Promise<Answer> {
     if (this.#parts.tail.view(tenant) === undefined) {
-      // Nothing that is cached may be served before the tenant's log is known.
-      await this.#parts.tail.activated(tenant, signal)
+      // Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed.
+      const activated = this.#parts.tail.activated(tenant, signal).catch((error: unknown) => {
+        if (whyNoAnswer(error) === undefined) throw error
+      })
+      if (options.freshness === 'FRESH') activated.catch(() => {})
+      else await activated
       const hit = this.hit(tenant, id, options, load)
       if (hit !== undefined) return hit
     }
@@ -253,7 +257,7 @@ export class Reader {
     if (verdict === 'current' && now < copy.freshUntilMs) {
       const outcome = copy.bytes === undefined ? 'NEGATIVE_HIT' : 'HIT'
       this.#count(tier, outcome, coalesced)
-      this.#parts.probe.served(tenant, copy)
+      this.#parts.probe.served(tenant, copy, view)
       if (tier === 'memory' && options.freshness !== 'CACHE_ONLY' && this.#isDue(copy, now)) {
         this.#refreshEarly(tenant, copy, load)
       }
@@ -275,6 +279,7 @@ export class Reader {
     const answer = await untilAborted(this.#loader.readRedis(tenant, [id]), signal)
     const skipped = this.#loader.skipped(answer.skipped)
     const copy = answer.copies.get(id)
+    if (copy !== undefined) this.#parts.tail.seen(copy.asOf)
     const view = this.#parts.tail.view(tenant)
     const now = this.#options.now()
     const served =
@@ -285,7 +290,15 @@ export class Reader {
       if (served.outcome !== 'STALE') this.#parts.memory.set(tenant, served.copy ?? copy)
       return served
     }
-    const stale = this.#staleInstead(tenant, id, options, { fallback: copy, skipped }, 'SOFT_TIMEOUT', false)
+    const stale = this.#staleInstead(
+      tenant,
+      id,
+      options,
+      { fallback: copy, skipped },
+      'SOFT_TIMEOUT',
+      false,
+      false,
+    )
     if (stale !== undefined) return stale
     return this.#nothing(skipped)
   }
@@ -363,29 +376,34 @@ export class Reader {
   ): Promise<Landed | Answer> {
     using _waiting = flight.board()
     const { promise } = flight.result
-    const instead = (reason: StaleReason, tier: TierName = 'postgres') =>
-      this.#staleInstead(tenant, flight.id, options, flight, reason, joined, tier)
+    const instead = (reason: StaleReason, superseded: boolean, tier: TierName = 'postgres') =>
+      this.#staleInstead(tenant, flight.id, options, flight, reason, superseded, joined, tier)
     if (!options.allowStale || options.freshness === 'FRESH') return await untilAborted(promise, signal)
     const { promise: late, resolve: isLate } = Promise.withResolvers<undefined>()
     const timer = setTimeout(isLate, this.#options.softTimeoutMs, undefined)
-    // While PostgreSQL is known not to answer, there is nothing to wait for once the caches have been asked.
+    // While polls fail there is little to wait for once the caches have been asked. But PostgreSQL may answer all the
+    // same: a copy whose content is known to have changed is served only when it has not in time.
     const down = this.#parts.tail.failing
     try {
-      const first = await untilAborted(
-        Promise.race([promise, down ? flight.cachesAsked.promise : late]),
-        signal,
-      )
+      if (down) {
+        const first = await untilAborted(Promise.race([promise, flight.cachesAsked.promise, late]), signal)
+        if (first !== undefined) return first
+        const stale = instead('TIER_DOWN', false)
+        if (stale !== undefined) {
+          this.#goOn(flight)
+          return stale
+        }
+      }
+      const first = await untilAborted(Promise.race([promise, late]), signal)
       if (first !== undefined) return first
-      const stale = instead(down ? 'TIER_DOWN' : 'SOFT_TIMEOUT')
+      const stale = instead(down ? 'TIER_DOWN' : 'SOFT_TIMEOUT', down)
       if (stale === undefined) return await untilAborted(promise, signal)
       this.#goOn(flight)
       return stale
     } catch (error) {
-      const down = error instanceof ItemCacheError && error.code === 'unavailable' ? error.reason : undefined
-      const stale =
-        down === undefined
-          ? undefined
-          : instead('TIER_DOWN', down.startsWith('ORIGIN') ? 'origin' : 'postgres')
+      const down = whyNoAnswer(error)
+      const tier = down?.startsWith('ORIGIN') ? 'origin' : 'postgres'
+      const stale = down === undefined ? undefined : instead('TIER_DOWN', true, tier)
       if (stale !== undefined) return stale
       throw error
     } finally {
@@ -403,6 +421,8 @@ export class Reader {
     options: ReadOptions,
     { fallback, skipped }: Pick<Flight, 'fallback' | 'skipped'>,
     reason: StaleReason,
+    /** Whether a copy will do whose content is known to have changed. */
+    supersededToo: boolean,
     coalesced: boolean,
     /** The tier that kept a better answer back. */
     tierDown: TierName = 'postgres',
@@ -418,13 +438,15 @@ export class Reader {
     ] as const) {
       if (found?.bytes === undefined) continue
       const verdict = view.judge(found)
-      if (verdict === 'removed' || (verdict === 'superseded' && reason !== 'TIER_DOWN')) continue
+      if (verdict === 'removed' || (verdict === 'superseded' && !supersededToo)) continue
       const copy = verdict === 'current' ? stamp(view, found) : found
       if (!fits(copy, options, now) || now - copy.verifiedAtMs > this.#options.maxStaleMs) continue
       if (best === undefined || copy.asOf > best.copy.asOf) best = { copy, tier, verdict }
     }
     if (best === undefined) return undefined
     const { copy, tier, verdict } = best
+    // Marked or not, what was shown is known.
+    if (verdict === 'current') view.ahead(copy)
     // A fresh copy that only the silence of the log keeps from being current is not known to be old.
     const unverified = verdict === 'current' && now < copy.freshUntilMs && !view.hasHeard(now)
     this.#count(tier, 'STALE', coalesced)
@@ -481,6 +503,13 @@ export class Reader {
     if (tier === undefined) metrics.failedReads++
     else metrics.countRead(tier, outcome)
   }
+}
+
+/** The reason of a tier below that is down, or has too much to do; `undefined` for all other errors. */
+function whyNoAnswer(error: unknown): string | undefined {
+  if (!(error instanceof ItemCacheError)) return undefined
+  const { code, reason } = error
+  return code === 'unavailable' || (code === 'exhausted' && reason.endsWith('_BUSY')) ? reason : undefined
 }
 
 /** The caller's own bounds on revision and age, which hold for stale answers too. No copy is younger than 0. */

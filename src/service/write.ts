@@ -55,7 +55,8 @@ export class Writer {
 
   async create(write: Write, id: string, draft: ItemDraft): Promise<Written> {
     await this.#loadFirst(write, id)
-    return this.#acknowledge(write, await this.#parts.postgres.create(write, id, draft))
+    const sentAtMs = this.#parts.reader.now()
+    return this.#acknowledge(write, await this.#parts.postgres.create(write, id, draft), sentAtMs)
   }
 
   async update(
@@ -65,12 +66,15 @@ export class Writer {
     change: (current: ItemDraft | undefined) => ItemDraft,
   ): Promise<Written> {
     await this.#loadFirst(write, id)
-    return this.#acknowledge(write, await this.#parts.postgres.update(write, id, precondition, change))
+    const sentAtMs = this.#parts.reader.now()
+    const written = await this.#parts.postgres.update(write, id, precondition, change)
+    return this.#acknowledge(write, written, sentAtMs)
   }
 
   async delete(write: Write, id: string, precondition: Precondition): Promise<Written> {
     await this.#loadFirst(write, id)
-    return this.#acknowledge(write, await this.#parts.postgres.delete(write, id, precondition))
+    const sentAtMs = this.#parts.reader.now()
+    return this.#acknowledge(write, await this.#parts.postgres.delete(write, id, precondition), sentAtMs)
   }
 
   /**
@@ -140,12 +144,12 @@ export class Writer {
     if (snapshot?.state === 'unknown') await reader.loaded(write.tenant, id, write.signal)
   }
 
-  async #acknowledge(write: Write, written: Written): Promise<Written> {
+  async #acknowledge(write: Write, written: Written, sentAtMs: number): Promise<Written> {
     const { reader } = this.#parts
     this.#raise(write.tenant, written.snapshot, written.revision, written.formerTags)
     // A replayed outcome is old news: others may have written since, so it is told but not kept.
     if (!written.replayed) {
-      await reader.keep(write.tenant, [reader.copyOf(written.snapshot, reader.now())])
+      await reader.keep(write.tenant, [reader.copyOf(written.snapshot, sentAtMs)])
     }
     return written
   }

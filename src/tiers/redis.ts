@@ -228,6 +228,7 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
       present: true,
       negative: copy.bytes === undefined,
       asOf: copy.asOf,
+      tags: copy.tags,
       ageMs: sentAtMs - copy.verifiedAtMs,
       ttlMs: Math.max(0, leftMs),
       sizeBytes: value.length,

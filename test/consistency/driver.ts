@@ -240,7 +240,8 @@ class Run implements AsyncDisposable {
     }
     switch (kind) {
       case 'kill': {
-        if (!instance.running || instance.stopped || this.#killing.has(i)) return
+        if (!instance.running || instance.stopped || this.#killing.has(i))
+          return this.#note('it is down already')
         this.#killing.add(i)
         await instance.kill()
         await sleep(forMs)
@@ -249,7 +250,8 @@ class Run implements AsyncDisposable {
         break
       }
       case 'stop':
-        if (!instance.running || instance.stopped || this.#killing.has(i)) return
+        if (!instance.running || instance.stopped || this.#killing.has(i))
+          return this.#note('it is down already')
         this.#killing.add(i)
         instance.stop()
         await sleep(forMs)

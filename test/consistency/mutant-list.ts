@@ -318,6 +318,44 @@ export const MUTANTS: readonly Mutant[] = [
     profile: calm({ workload: { update: 20 } }),
   },
   {
+    name: 'one-statement',
+    rule: 'As-of and rows come from one statement',
+    edits: [
+      {
+        file: POSTGRES,
+        find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))',
+        put: `const rows = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+    await sleep(this.#random() * 50)
+    const [later] = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+    return snapshotsOf(ids, rows.map((row) => ({ ...row, as_of: later?.as_of ?? row.as_of })))`,
+      },
+    ],
+    profile: calm({ workload: { update: 20, fresh: 10 } }),
+  },
+  {
+    name: 'commit-unknown',
+    rule: 'A write whose COMMIT was not confirmed is neither acknowledged nor kept',
+    edits: [
+      {
+        file: POSTGRES,
+        find: `      session.broken = true
+      throw new ItemCacheError('unavailable', 'the connection was lost while`,
+        put: `      session.broken = true
+      if (error !== undefined) return
+      throw new ItemCacheError('unavailable', 'the connection was lost while`,
+      },
+    ],
+    amplifiers: [
+      {
+        file: POSTGRES,
+        find: `const { command } = await session.client.query('COMMIT')`,
+        put: `await sleep(this.#random() * 100)
+      const { command } = await session.client.query('COMMIT')`,
+      },
+    ],
+    profile: calm({ faults: { postgresCut: true }, faultEveryMs: 300, workload: { update: 40 } }),
+  },
+  {
     name: 'stored-iff-it-passes',
     rule: 'A result is stored iff it passes on arrival',
     edits: [{ file: LOAD, find: `if (view.judge(copy) !== 'current' || `, put: 'if (' }],
@@ -395,8 +433,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: VIEW,
-        find: `if (asOf > this.#position) this.#raise(this.#keys, id, 'changed', asOf)`,
-        put: 'void [id, asOf]',
+        find: 'if (asOf <= this.#position) return',
+        put: 'if (asOf !== undefined) return',
       },
     ],
     amplifiers: [

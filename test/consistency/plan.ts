@@ -116,6 +116,7 @@ export interface Plan {
 export interface Profile {
   readonly ms?: number
   readonly tenants?: number
+  /** Those that are `true` happen at least once each; more by chance. */
   readonly faults?: Partial<Record<FaultKind, boolean>>
   /** The same for all that are not named in `faults`. */
   readonly otherFaults?: boolean
@@ -162,10 +163,11 @@ export function planOf(seed: number, profile: Profile = {}): Plan {
     return faults[kind] ?? otherFaults ?? isOn
   })
   const everyMs = (profile.faultEveryMs ?? chance.pick([250, 500, 1000])) * 2
+  const named = kinds.filter((kind) => faults[kind])
   const planned: PlannedFault[] = []
   let atMs = 300 + chance() * everyMs
-  while (kinds.length > 0 && atMs < ms - 500) {
-    const kind = chance.pick(kinds)
+  while (kinds.length > 0 && (atMs < ms - 500 || planned.length < named.length)) {
+    const kind = named[planned.length] ?? chance.pick(kinds)
     const forMs =
       kind === 'kill'
         ? chance.between(10, 500)

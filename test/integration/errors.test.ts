@@ -445,6 +445,8 @@ describe('DEADLINE_EXCEEDED', () => {
     await using service = await startService({
       env: {
         ITEMCACHE_MAX_DEADLINE: '1s',
+        ITEMCACHE_REDIS_TIMEOUT: '150ms',
+        ITEMCACHE_SOFT_TIMEOUT: '100ms',
         ITEMCACHE_POSTGRES_CONNECT_TIMEOUT: '900ms',
         ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT: '900ms',
         ITEMCACHE_ORIGIN_TIMEOUT: '900ms',
@@ -465,7 +467,7 @@ describe('DEADLINE_EXCEEDED', () => {
     ])
     const tookMs = performance.now() - startedMs
     expect(tookMs).toBeGreaterThan(900)
-    expect(tookMs).toBeLessThan(5000)
+    expect(tookMs).toBeLessThan(20_000)
     for (const failure of failures) {
       expect(failure).toMatchObject({
         code: status.DEADLINE_EXCEEDED,

@@ -54,7 +54,10 @@ describe('the consistency probe', () => {
     await put('changing', 'before')
     const before = probes()
     // The change is committed, but nobody can read the log: whoever queues for its lock first gets it at COMMIT.
+    // That it was written long before it is committed, in a transaction that stays open, changes nothing.
     await psql.query(`BEGIN; UPDATE items SET title = 'after' WHERE id = 'changing'`)
+    await psql.query(`UPDATE invalidations SET committed_at = committed_at - interval '1 hour'
+      WHERE ids = '{changing}'`)
     await using lock = await connectSql(service.databaseUrl)
     await using onlooker = await connectSql(service.databaseUrl)
     const locked = lock('BEGIN; LOCK TABLE invalidations IN ACCESS EXCLUSIVE MODE')

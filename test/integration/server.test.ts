@@ -229,7 +229,7 @@ describe('a server that drains', () => {
     expect(performance.now() - startedMs).toBeGreaterThan(250)
     // Nor for what the catalogue may still say.
     await drained
-    expect(performance.now() - startedMs).toBeLessThan(5000)
+    expect(performance.now() - startedMs).toBeLessThan(20_000)
     await service[Symbol.asyncDispose]()
   })
 })
@@ -385,7 +385,8 @@ describe('a client that misbehaves is refused, and the others are not disturbed'
         stream.end(framed(getItem))
         stream.close(constants.NGHTTP2_CANCEL)
       }
-      expect((await service.client.call('getItem', { id: '1' })).result.case).toBe('item')
+      const { result } = await service.client.call('getItem', { id: '1' }, { timeoutMs: 30_000 })
+      expect(result.case).toBe('item')
     })
   })
 

@@ -171,6 +171,15 @@ export interface ServiceOptions {
   readonly app?: Partial<AppOptions>
 }
 
+/** Timeouts that a busy machine does not reach; tests of what happens after them set their own. */
+export const PATIENT = {
+  ITEMCACHE_REDIS_TIMEOUT: '5s',
+  ITEMCACHE_REDIS_SLOW: '5s',
+  ITEMCACHE_SOFT_TIMEOUT: '5s',
+  ITEMCACHE_POSTGRES_CONNECT_TIMEOUT: '10s',
+  ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT: '10s',
+}
+
 export async function startService(options: ServiceOptions = {}): Promise<TestService> {
   await using started = new AsyncDisposableStack()
   const databaseUrl = options.databaseUrl ?? started.use(await freshDatabase()).url
@@ -182,6 +191,7 @@ export async function startService(options: ServiceOptions = {}): Promise<TestSe
     ITEMCACHE_LISTEN: '127.0.0.1:0',
     ITEMCACHE_ADMIN_LISTEN: '127.0.0.1:0',
     ITEMCACHE_LOG_LEVEL: process.env['TEST_LOG_LEVEL'] ?? 'silent',
+    ...PATIENT,
     ...options.env,
   })
   const log = createLogger({ level: config.logLevel, version: config.version })

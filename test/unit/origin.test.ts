@@ -453,7 +453,7 @@ test('the real pause between attempts passes, and ends with the overall bound', 
   await using hopeless = await startCatalogue({ intercept: reply('', 503, { 'retry-after': '4' }) })
   // The clock jumps back after the first look, so that only the timer can end the pause.
   const clock = [1_000_000]
-  const bound = new FakeStoreOrigin({ url: hopeless.url, overallMs: 100, now: () => clock.pop() ?? 0 })
+  const bound = new FakeStoreOrigin({ url: hopeless.url, overallMs: 2000, now: () => clock.pop() ?? 0 })
   expect(await failure(bound.fetch('1'))).toMatchObject({ code: 'unavailable', reason: 'ORIGIN_TIMEOUT' })
   expect(hopeless.requests.get('/products/1')).toBe(1)
 })

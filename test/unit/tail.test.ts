@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
-import { Tail } from '../../src/invalidation/tail.ts'
+import { Tail, type TailOptions } from '../../src/invalidation/tail.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import type { LogEntry, LogListener, LogPage, LogSource, Revision } from '../../src/tiers/tier.ts'
@@ -47,7 +47,7 @@ function unused(): never {
   throw new Error('the tail has no use for this')
 }
 
-const startTail = async (source: Log) => {
+const startTail = async (source: Log, options: Partial<TailOptions> = {}) => {
   const tail = new Tail({
     source,
     metrics: new Metrics({ methods: [] }),
@@ -59,6 +59,7 @@ const startTail = async (source: Log) => {
     maxTotalFloors: 1000,
     idleMs: 1e9,
     exclusive: async (_, section) => section(),
+    ...options,
   })
   await tail.start()
   return tail
@@ -118,4 +119,32 @@ test('a lost notification costs half a second at most', async () => {
   const revision = log.commit({ notify: false })
   await vi.advanceTimersByTimeAsync(POLL_MS)
   expect(view.position).toBe(revision)
+})
+
+test('rows of a view that was dropped meanwhile are told to nobody: the next view has them already', async () => {
+  const log = new Log()
+  const held = Promise.withResolvers<void>()
+  let holds = false
+  const exclusive: TailOptions['exclusive'] = async (tenant, section) => {
+    if (holds && tenant === TENANT) await held.promise
+    return section()
+  }
+  await using tail = await startTail(log, { exclusive, idleMs: 5 * POLL_MS })
+  const told: Revision[] = []
+  tail.follow({
+    applied: (_, { revision }) => told.push(revision),
+    jumped: (_, through) => told.push(through),
+    needs: () => false,
+  })
+  const first = await tail.activated(TENANT)
+  holds = true
+  log.commit({ notify: true })
+  // Nobody uses the view while its row waits for its turn.
+  await vi.advanceTimersByTimeAsync(8 * POLL_MS)
+  const second = await tail.activated(TENANT)
+  expect(second).not.toBe(first)
+  expect(second.position).toBe(1)
+  held.resolve()
+  await vi.advanceTimersByTimeAsync(0)
+  expect(told).toEqual([])
 })

@@ -119,6 +119,16 @@ describe('a view', () => {
     expect(view.judge(copy(6, 'b'))).toBe('current')
   })
 
+  test('that shows an item ahead of the log takes no older list page for current that might lack it', () => {
+    const view = fresh()
+    const page = (asOf: number, tag = '') => copy(asOf, `${LISTED}page`, [LISTED + tag])
+    view.ahead(copy(6, 'b', ['t']))
+    expect(view.judge(page(5))).toBe('superseded')
+    expect(view.judge(page(5, 't'))).toBe('superseded')
+    expect(view.judge(page(5, 'another'))).toBe('current')
+    expect(view.judge(page(6))).toBe('current')
+  })
+
   test('that learns of a newer timeline distrusts every copy of the older one', () => {
     const view = fresh()
     view.apply(row(1, { ids: ['a'] }))

@@ -27,7 +27,7 @@ export type { Dated, LogRow, Verdict } from '../../../src/invalidation/view.ts'
 /** How far behind an answer of a near cache may be, in milliseconds. */
 export const BOUND_MS = HEARD_BOUND_MS
 
-/** `starting`: the stream has not begun yet. `lost`: the log was not heard of for 1.5 s. Copies are served while `current`. */
+/** `starting`: the log has not been heard of yet. `lost`: the log was not heard of for 1.5 s. Copies are served while `current`. */
 export type NearState = 'starting' | 'current' | 'lost'
 
 export class NearLog {
@@ -60,7 +60,7 @@ export class NearLog {
   }
 
   get state(): NearState {
-    if (!this.#started) return 'starting'
+    if (!this.#started || this.#heardAtMs === Number.NEGATIVE_INFINITY) return 'starting'
     return this.isCurrent() ? 'current' : 'lost'
   }
 

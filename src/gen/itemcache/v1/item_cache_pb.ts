@@ -1495,14 +1495,15 @@ export type MetricsSnapshot = Message<"itemcache.v1.MetricsSnapshot"> & {
   staleServed: bigint;
 
   /**
-   * background_refreshes_ok are reloads behind a stale answer that succeeded.
+   * background_refreshes_ok are reloads that no reader waited for, behind a stale answer or ahead of time, that
+   * succeeded.
    *
    * @generated from field: int64 background_refreshes_ok = 10;
    */
   backgroundRefreshesOk: bigint;
 
   /**
-   * background_refreshes_failed are reloads behind a stale answer that failed.
+   * background_refreshes_failed are those that failed.
    *
    * @generated from field: int64 background_refreshes_failed = 11;
    */
@@ -1523,7 +1524,8 @@ export type MetricsSnapshot = Message<"itemcache.v1.MetricsSnapshot"> & {
   invalidationsApplied: bigint;
 
   /**
-   * invalidation_lag is the time from commit to applied.
+   * invalidation_lag is the time from when a change was written to when this instance has applied it. A change is
+   * written just before its commit, unless its transaction stays open.
    *
    * @generated from field: itemcache.v1.Latency invalidation_lag = 14;
    */
@@ -1784,7 +1786,8 @@ export type WatchInvalidationsRequest = Message<"itemcache.v1.WatchInvalidations
   maxBatchDelay?: Duration | undefined;
 
   /**
-   * include_items: events of kind UPSERTED carry the item as of the event or later.
+   * include_items: events of kind UPSERTED carry the items, as of the event or later, up to 2 MiB a batch: see
+   * InvalidationEvent.items.
    *
    * @generated from field: bool include_items = 6;
    */
@@ -2052,7 +2055,9 @@ export type InvalidationEvent = Message<"itemcache.v1.InvalidationEvent"> & {
   tags: string[];
 
   /**
-   * items that were asked for with include_items, in the order of ids; absent ones are left out.
+   * items that were asked for with include_items, in the order of ids. An item comes with the last event of a batch
+   * that names it. Left out are items that are absent by now, what exceeds 2 MiB in one batch, and all items while
+   * other watchers have too much to take: read an item that is missing.
    *
    * @generated from field: repeated itemcache.v1.Item items = 6;
    */
