@@ -3137,15 +3137,17 @@ type MetricsSnapshot struct {
 	CoalescedLoads int64 `protobuf:"varint,8,opt,name=coalesced_loads,json=coalescedLoads,proto3" json:"coalesced_loads,omitempty"`
 	// stale_served are answers marked STALE.
 	StaleServed int64 `protobuf:"varint,9,opt,name=stale_served,json=staleServed,proto3" json:"stale_served,omitempty"`
-	// background_refreshes_ok are reloads behind a stale answer that succeeded.
+	// background_refreshes_ok are reloads that no reader waited for, behind a stale answer or ahead of time, that
+	// succeeded.
 	BackgroundRefreshesOk int64 `protobuf:"varint,10,opt,name=background_refreshes_ok,json=backgroundRefreshesOk,proto3" json:"background_refreshes_ok,omitempty"`
-	// background_refreshes_failed are reloads behind a stale answer that failed.
+	// background_refreshes_failed are those that failed.
 	BackgroundRefreshesFailed int64 `protobuf:"varint,11,opt,name=background_refreshes_failed,json=backgroundRefreshesFailed,proto3" json:"background_refreshes_failed,omitempty"`
 	// negative_hits are reads answered by the cached knowledge that the item is absent.
 	NegativeHits int64 `protobuf:"varint,12,opt,name=negative_hits,json=negativeHits,proto3" json:"negative_hits,omitempty"`
 	// invalidations_applied are log rows that this instance has applied to its floors.
 	InvalidationsApplied int64 `protobuf:"varint,13,opt,name=invalidations_applied,json=invalidationsApplied,proto3" json:"invalidations_applied,omitempty"`
-	// invalidation_lag is the time from commit to applied.
+	// invalidation_lag is the time from when a change was written to when this instance has applied it. A change is
+	// written just before its commit, unless its transaction stays open.
 	InvalidationLag *Latency `protobuf:"bytes,14,opt,name=invalidation_lag,json=invalidationLag,proto3" json:"invalidation_lag,omitempty"`
 	// subscribers are the WatchInvalidations streams that are open now.
 	Subscribers int64 `protobuf:"varint,15,opt,name=subscribers,proto3" json:"subscribers,omitempty"`
@@ -3612,7 +3614,8 @@ type WatchInvalidationsRequest struct {
 	HeartbeatInterval *durationpb.Duration `protobuf:"bytes,4,opt,name=heartbeat_interval,json=heartbeatInterval,proto3" json:"heartbeat_interval,omitempty"`
 	// max_batch_delay is how long events may wait to be sent together: 0 to 1 s. Unset: 0.
 	MaxBatchDelay *durationpb.Duration `protobuf:"bytes,5,opt,name=max_batch_delay,json=maxBatchDelay,proto3" json:"max_batch_delay,omitempty"`
-	// include_items: events of kind UPSERTED carry the item as of the event or later.
+	// include_items: events of kind UPSERTED carry the items, as of the event or later, up to 2 MiB a batch: see
+	// InvalidationEvent.items.
 	IncludeItems bool `protobuf:"varint,6,opt,name=include_items,json=includeItems,proto3" json:"include_items,omitempty"`
 	// client_id names the watcher; at most 128 bytes. Empty: none.
 	ClientId string `protobuf:"bytes,7,opt,name=client_id,json=clientId,proto3" json:"client_id,omitempty"`
@@ -4129,7 +4132,9 @@ type InvalidationEvent struct {
 	// tags that the concerned items have or had, their categories among them; for an invalidation by tag, the
 	// tags themselves.
 	Tags []string `protobuf:"bytes,5,rep,name=tags,proto3" json:"tags,omitempty"`
-	// items that were asked for with include_items, in the order of ids; absent ones are left out.
+	// items that were asked for with include_items, in the order of ids. An item comes with the last event of a batch
+	// that names it. Left out are items that are absent by now, what exceeds 2 MiB in one batch, and all items while
+	// other watchers have too much to take: read an item that is missing.
 	Items []*Item `protobuf:"bytes,6,rep,name=items,proto3" json:"items,omitempty"`
 	// commit_time is the database's clock when the change was made.
 	CommitTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`

@@ -1482,9 +1482,11 @@ class MetricsSnapshot(google.protobuf.message.Message):
     stale_served: builtins.int
     """stale_served are answers marked STALE."""
     background_refreshes_ok: builtins.int
-    """background_refreshes_ok are reloads behind a stale answer that succeeded."""
+    """background_refreshes_ok are reloads that no reader waited for, behind a stale answer or ahead of time, that
+    succeeded.
+    """
     background_refreshes_failed: builtins.int
-    """background_refreshes_failed are reloads behind a stale answer that failed."""
+    """background_refreshes_failed are those that failed."""
     negative_hits: builtins.int
     """negative_hits are reads answered by the cached knowledge that the item is absent."""
     invalidations_applied: builtins.int
@@ -1507,7 +1509,9 @@ class MetricsSnapshot(google.protobuf.message.Message):
 
     @property
     def invalidation_lag(self) -> Global___Latency:
-        """invalidation_lag is the time from commit to applied."""
+        """invalidation_lag is the time from when a change was written to when this instance has applied it. A change is
+        written just before its commit, unless its transaction stays open.
+        """
 
     @property
     def rpcs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RpcMetrics]:
@@ -1713,7 +1717,9 @@ class WatchInvalidationsRequest(google.protobuf.message.Message):
     log; when history before it is gone, a Gap follows `started`. Unset: start now.
     """
     include_items: builtins.bool
-    """include_items: events of kind UPSERTED carry the item as of the event or later."""
+    """include_items: events of kind UPSERTED carry the items, as of the event or later, up to 2 MiB a batch: see
+    InvalidationEvent.items.
+    """
     client_id: builtins.str
     """client_id names the watcher; at most 128 bytes. Empty: none."""
     exclude_own_writes: builtins.bool
@@ -1953,7 +1959,10 @@ class InvalidationEvent(google.protobuf.message.Message):
 
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Item]:
-        """items that were asked for with include_items, in the order of ids; absent ones are left out."""
+        """items that were asked for with include_items, in the order of ids. An item comes with the last event of a batch
+        that names it. Left out are items that are absent by now, what exceeds 2 MiB in one batch, and all items while
+        other watchers have too much to take: read an item that is missing.
+        """
 
     @property
     def commit_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
