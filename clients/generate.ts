@@ -1,9 +1,10 @@
 /** `npm run generate:clients`: the generated code of the Go and the Python client, where their toolchains are. */
-import { generate, languages, NotHere, ROOT } from './toolchains.ts'
+import { generate, languages, MINUTES_10, NotHere, ROOT } from './toolchains.ts'
 
 for (const language of languages) {
   try {
-    language.prepare()
+    language.prepare(MINUTES_10)
+    language.preparePlugins(MINUTES_10)
     generate(language, ROOT)
   } catch (error) {
     if (!(error instanceof NotHere)) throw error

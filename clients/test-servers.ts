@@ -18,10 +18,7 @@ const DATABASE = `itemcache_clients_${process.pid}`
 
 await using started = new AsyncDisposableStack()
 const directory = started.use(makeRunDirectory())
-const [postgres, redis] = await Promise.all([
-  findPostgres(started, directory),
-  findRedis(started, directory),
-])
+const [postgres, redis] = await Promise.all([findPostgres(started, directory), findRedis(started, directory)])
 {
   await using sql = await connectSql(postgres.url)
   await sql.query(`CREATE DATABASE ${DATABASE}`)

@@ -23,33 +23,44 @@ export interface Language {
   readonly generated: readonly string[]
   /** Where the published service config is copied to, below the root, since a package holds only its own files. */
   readonly serviceConfig: string
-  /** Finds the toolchain and fetches what it needs. Throws NotHere when this machine cannot. */
-  prepare(): void
-  /** Runs a program of the toolchain in the client's directory. */
-  run(argv: readonly string[], env?: Readonly<Record<string, string>>): Output
+  /** Finds the toolchain, and fetches what the client and its tests need. Throws NotHere when this machine cannot. */
+  prepare(fetchMs: number): void
+  /** Whether `preparePlugins` has been here. */
+  hasPlugins(): boolean
+  /** Fetches what `generate` and `check` need. After `prepare`. Throws NotHere when this machine cannot. */
+  preparePlugins(fetchMs: number): void
+  /** Lint and types: what they object to. After `preparePlugins`. */
+  check(): Output[]
+  /** Runs the tests. `passed` is undefined when they did not run to their end. */
+  test(): Output & { passed: number | undefined; failed: number }
 }
 
-const MINUTES_10 = 600_000
+/** Longer than anything here takes. */
+export const MINUTES_10 = 600_000
 
-function execute(
-  argv: readonly string[],
-  { cwd = ROOT, env = {} }: { cwd?: string; env?: Readonly<Record<string, string>> },
-): Output {
+interface Circumstances {
+  readonly cwd?: string
+  readonly env?: Readonly<Record<string, string>>
+  readonly timeoutMs?: number
+}
+
+function execute(argv: readonly string[], how: Circumstances = {}): Output {
+  const { cwd = ROOT, env = {}, timeoutMs = MINUTES_10 } = how
   const [command = '', ...rest] = argv
   const { status, stdout, stderr, error } = spawnSync(command, rest, {
     cwd,
     env: { ...process.env, ...env },
     encoding: 'utf8',
     maxBuffer: 64 * 1024 * 1024,
-    timeout: MINUTES_10,
+    timeout: timeoutMs,
   })
   const text = `${stdout ?? ''}${stderr ?? ''}${error?.message ?? ''}`
   return { status: status ?? -1, text }
 }
 
-/** How Go and pip say that the network, or what is behind it, is not there. */
+/** How Go, pip and the clock say that the network, or what is behind it, is not there. */
 const UNREACHABLE =
-  /dial tcp|no such host|i\/o timeout|connection re(?:set|fused)|TLS handshake|proxyconnect|module lookup disabled|\b(?:403 Forbidden|404 Not Found|407|50[0-9] [A-Z])|context deadline exceeded|Failed to establish|Temporary failure|Max retries|Read timed out|ProxyError|SSLError|No matching distribution/i
+  /dial tcp|no such host|i\/o timeout|connection re(?:set|fused)|TLS handshake|proxyconnect|module lookup disabled|\b(?:403 Forbidden|404 Not Found|407|50[0-9] [A-Z])|context deadline exceeded|Failed to establish|Temporary failure|Max retries|Read timed out|ProxyError|SSLError|No matching distribution|ETIMEDOUT/i
 
 function fetched(what: string, { status, text }: Output): void {
   if (status === 0) return
@@ -63,8 +74,19 @@ const isAtLeast = (found: string, [major, minor]: readonly [number, number]): bo
   return Number(a) > major || (Number(a) === major && Number(b) >= minor)
 }
 
+const count = (text: string, pattern: RegExp) => [...text.matchAll(pattern)].length
+
 const GO_DIR = join(ROOT, 'clients', 'go')
 const GO_BIN = join(CACHE, 'go')
+
+/** Runs the Go that is here, and not one that it would fetch, as if it had no settings. */
+const inGo = (argv: readonly string[], timeoutMs?: number) =>
+  execute(['go', ...argv], {
+    cwd: GO_DIR,
+    // A C compiler is not needed, so it need not be there.
+    env: { GOTOOLCHAIN: 'local', GOFLAGS: '', GOWORK: 'off', CGO_ENABLED: '0', GOBIN: GO_BIN },
+    ...(timeoutMs === undefined ? {} : { timeoutMs }),
+  })
 
 export const go: Language = {
   name: 'go',
@@ -74,22 +96,63 @@ export const go: Language = {
     'clients/go/service_config.json',
   ],
   serviceConfig: 'clients/go/service_config.json',
-  prepare() {
-    const { status, text } = this.run(['go', 'env', 'GOVERSION'])
+  prepare(fetchMs) {
+    const { status, text } = inGo(['env', 'GOVERSION'])
     if (status !== 0 || !isAtLeast(text, [1, 24])) throw new NotHere('no Go 1.24 or newer in PATH')
-    fetched('its modules', this.run(['go', 'mod', 'download']))
-    mkdirSync(GO_BIN, { recursive: true })
-    fetched('the plugins', this.run(['go', '-C', 'tools', 'install', 'tool'], { GOBIN: GO_BIN }))
+    fetched('its modules', inGo(['mod', 'download'], fetchMs))
   },
-  // The Go that is here, and not one that it would fetch.
-  run: (argv, env = {}) =>
-    execute(argv, { cwd: GO_DIR, env: { GOTOOLCHAIN: 'local', GOFLAGS: '', GOWORK: 'off', ...env } }),
+  hasPlugins: () =>
+    existsSync(join(GO_BIN, 'protoc-gen-go')) && existsSync(join(GO_BIN, 'protoc-gen-go-grpc')),
+  preparePlugins(fetchMs) {
+    mkdirSync(GO_BIN, { recursive: true })
+    fetched('the plugins', inGo(['-C', 'tools', 'install', 'tool'], fetchMs))
+  },
+  check: () => [inGo(['vet', './...'])],
+  test() {
+    const output = inGo(['test', '-count=1', '-v', '-timeout=8m', './...'])
+    const passed = count(output.text, /^--- PASS: /gm)
+    const failed = count(output.text, /^--- FAIL: /gm)
+    const isComplete = (output.status === 0 && passed > 0) || failed > 0
+    return { ...output, passed: isComplete ? passed : undefined, failed }
+  },
 }
 
 const PYTHON_DIR = join(ROOT, 'clients', 'python')
 const VENV = join(CACHE, 'python')
-const PYTHON = join(VENV, 'bin', 'python')
+const VENV_BIN = join(VENV, 'bin')
+const PYTHON = join(VENV_BIN, 'python')
 const VERSION = 'import sys, venv, ensurepip; print("%d.%d" % sys.version_info[:2])'
+
+type Requirements = 'requirements-test.txt' | 'requirements-dev.txt'
+
+/** A file in the virtual environment that says what was installed there. */
+const stampOf = (requirements: Requirements) => join(VENV, `${requirements}.sha256`)
+
+function digestOf(requirements: Requirements): string {
+  const hash = createHash('sha256')
+  for (const file of new Set<Requirements>(['requirements-test.txt', requirements])) {
+    hash.update(readFileSync(join(PYTHON_DIR, file)))
+  }
+  return hash.digest('hex')
+}
+
+const isInstalled = (requirements: Requirements) =>
+  existsSync(stampOf(requirements)) && readFileSync(stampOf(requirements), 'utf8') === digestOf(requirements)
+
+function install(requirements: Requirements, timeoutMs: number): void {
+  if (isInstalled(requirements)) return
+  const pip = [PYTHON, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-compile']
+  // A package that would have to be built here takes minutes and a C++ compiler.
+  const argv = [...pip, '--only-binary', ':all:', '-r', join(PYTHON_DIR, requirements)]
+  fetched('its packages', execute(argv, { timeoutMs }))
+  writeFileSync(stampOf(requirements), digestOf(requirements))
+}
+
+const inPython = (program: string, ...argv: readonly string[]) =>
+  execute([join(VENV_BIN, program), ...argv], {
+    cwd: PYTHON_DIR,
+    env: { PYTHONPATH: 'src', PYTHONDONTWRITEBYTECODE: '1' },
+  })
 
 export const python: Language = {
   name: 'python',
@@ -100,25 +163,34 @@ export const python: Language = {
     'clients/python/src/itemcache/service_config.json',
   ],
   serviceConfig: 'clients/python/src/itemcache/service_config.json',
-  prepare() {
+  prepare(fetchMs) {
     const found = ['python3', 'python']
-      .map((command) => ({ command, ...execute([command, '-c', VERSION], {}) }))
+      .map((command) => ({ command, ...execute([command, '-c', VERSION]) }))
       .find(({ status, text }) => status === 0 && isAtLeast(text, [3, 9]))
     if (found === undefined) throw new NotHere('no Python 3.9 or newer with venv in PATH')
-    const requirements = join(PYTHON_DIR, 'requirements-dev.txt')
-    const digest = createHash('sha256').update(found.text).update(readFileSync(requirements)).digest('hex')
-    const stamp = join(VENV, 'requirements.sha256')
-    if (existsSync(PYTHON) && existsSync(stamp) && readFileSync(stamp, 'utf8') === digest) return
-    rmSync(VENV, { recursive: true, force: true })
-    const made = execute([found.command, '-m', 'venv', VENV], {})
-    if (made.status !== 0) throw new Error(`no virtual environment can be made:\n${made.text}`)
-    const pip = [PYTHON, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
-    // A package that would have to be built here takes minutes and a C++ compiler.
-    fetched('its packages', execute([...pip, '--only-binary', ':all:', '-r', requirements], {}))
-    writeFileSync(stamp, digest)
+    const madeBy = join(VENV, 'made-by')
+    if (!existsSync(madeBy) || readFileSync(madeBy, 'utf8') !== found.text) {
+      rmSync(VENV, { recursive: true, force: true })
+      const made = execute([found.command, '-m', 'venv', VENV])
+      if (made.status !== 0) throw new Error(`no virtual environment can be made:\n${made.text}`)
+      writeFileSync(madeBy, found.text)
+    }
+    install('requirements-test.txt', fetchMs)
   },
-  run: ([program = '', ...argv], env = {}) =>
-    execute([join(VENV, 'bin', program), ...argv], { cwd: PYTHON_DIR, env }),
+  hasPlugins: () => isInstalled('requirements-dev.txt'),
+  preparePlugins: (fetchMs) => install('requirements-dev.txt', fetchMs),
+  check: () => [inPython('ruff', 'check', '.'), inPython('ruff', 'format', '--check', '.'), inPython('mypy')],
+  test() {
+    const output = inPython('python', '-m', 'unittest', '-v')
+    const [, ran] = /^Ran (\d+) tests? in /m.exec(output.text) ?? []
+    const [, failures = ''] = /^FAILED \((.*)\)$/m.exec(output.text) ?? []
+    const failed = [...failures.matchAll(/(?:failures|errors)=(\d+)/g)].reduce(
+      (sum, [, number]) => sum + Number(number),
+      0,
+    )
+    const isComplete = ran !== undefined && (output.status === 0 || failed > 0)
+    return { ...output, passed: isComplete ? Number(ran) - failed : undefined, failed }
+  },
 }
 
 export const languages: readonly Language[] = [go, python]
@@ -127,7 +199,7 @@ export const languages: readonly Language[] = [go, python]
 export function generate({ name, serviceConfig }: Language, out: string): void {
   const template = `clients/${name}/buf.gen.yaml`
   const buf = join(ROOT, 'node_modules', '.bin', 'buf')
-  const { status, text } = execute([buf, 'generate', '--template', template, '-o', out], {})
+  const { status, text } = execute([buf, 'generate', '--template', template, '-o', out])
   if (status !== 0) throw new Error(text)
   copyFileSync(
     join(ROOT, 'proto', 'itemcache', 'v1', 'service_config_with_request_ids.json'),

@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar, Union, cast
 
 import grpc
 import grpc.aio
@@ -303,7 +303,8 @@ class Client:
 
 
 def _typed(error: grpc.aio.AioRpcError) -> ItemCacheError:
-    trailers = [(key, value) for key, value in error.trailing_metadata() or ()]
+    # Iterating over it gives pairs, whatever the stubs say.
+    trailers = cast("errors.Trailers", error.trailing_metadata())
     return errors.of_call(error.code(), error.details(), trailers)
 
 
