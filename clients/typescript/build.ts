@@ -14,6 +14,7 @@ const {
   private: _private,
   scripts: _scripts,
   exports: _exports,
+  devDependencies: _devDependencies,
   ...manifest
 } = JSON.parse(readFileSync(join(HERE, 'package.json'), 'utf8')) as Record<string, unknown>
 

@@ -52,7 +52,12 @@ export interface LatencySnapshot {
   readonly p90Ms: number
   readonly p99Ms: number
   readonly maxMs: number
+  /** How many lie in each of the ranges that `LATENCY_BOUNDS_MS` ends; without the zeros at the end. Only when asked for. */
+  readonly buckets?: readonly number[]
 }
+
+/** 2^(i/4) µs, up to 226 s. */
+export const LATENCY_BOUNDS_MS: readonly number[] = Array.from({ length: 112 }, (_, i) => 2 ** (i / 4) / 1000)
 
 /** What a tier holds, and what left it since the start. A tier that cannot tell says 0. */
 export interface TierGauges {
@@ -160,8 +165,9 @@ export class LatencyHistogram {
     })
   }
 
-  snapshot(): LatencySnapshot {
+  snapshot(withBuckets = false): LatencySnapshot {
     return {
+      ...(withBuckets && { buckets: this.#coarse() }),
       count: this.#count,
       p50Ms: this.#percentile(0.5),
       p90Ms: this.#percentile(0.9),
@@ -177,6 +183,12 @@ export class LatencyHistogram {
     this.#count += other.#count
     this.#sumMs += other.#sumMs
     this.#maxMs = Math.max(this.#maxMs, other.#maxMs)
+  }
+
+  #coarse(): number[] {
+    const sums = this.countsAtMost(LATENCY_BOUNDS_MS.with(-1, Number.POSITIVE_INFINITY))
+    const counts = sums.map((sum, i) => sum - (sums[i - 1] ?? 0))
+    return counts.slice(0, counts.findLastIndex((count) => count > 0) + 1)
   }
 
   /** The middle of the bucket in which the value of that rank lies, never more than the greatest value. */
@@ -222,7 +234,7 @@ export class TierMetrics {
   /** Asked at each snapshot. Set by whoever constructs the tier. */
   gauges: () => TierGauges = () => ({ entries: 0, bytes: 0, evictions: 0, expirations: 0 })
 
-  snapshot(): TierSnapshot {
+  snapshot(withBuckets = false): TierSnapshot {
     const { entries, bytes, evictions, expirations } = this.gauges()
     return {
       hits: this.hits,
@@ -230,7 +242,7 @@ export class TierMetrics {
       errors: this.errors,
       timeouts: this.timeouts,
       breaker: this.breaker(),
-      latency: this.latency.snapshot(),
+      latency: this.latency.snapshot(withBuckets),
       entries,
       bytes,
       evictions,
@@ -264,14 +276,15 @@ export class RpcMetrics {
     latency.record(ms)
   }
 
-  snapshot(): RpcSnapshot {
+  snapshot(withBuckets = false): RpcSnapshot {
     const all = new LatencyHistogram()
     const finished: Partial<Record<StatusName, number>> = {}
     for (const [status, latency] of this.#byStatus) {
       finished[status] = latency.count
       all.add(latency)
     }
-    return { method: this.method, started: this.started, finished, latency: all.snapshot() }
+    const latency = all.snapshot(withBuckets)
+    return { method: this.method, started: this.started, finished, latency }
   }
 }
 
@@ -339,7 +352,7 @@ export class Metrics {
     this.tiers[tier].reads[outcome]++
   }
 
-  snapshot(): MetricsSnapshot {
+  snapshot(withBuckets = false): MetricsSnapshot {
     const { memory, redis, postgres, origin } = this.tiers
     let reads = this.failedReads
     for (const tier of TIER_NAMES) {
@@ -352,10 +365,10 @@ export class Metrics {
       startTimeMs: this.startTimeMs,
       timeMs: this.#now(),
       tiers: {
-        memory: memory.snapshot(),
-        redis: redis.snapshot(),
-        postgres: postgres.snapshot(),
-        origin: origin.snapshot(),
+        memory: memory.snapshot(withBuckets),
+        redis: redis.snapshot(withBuckets),
+        postgres: postgres.snapshot(withBuckets),
+        origin: origin.snapshot(withBuckets),
       },
       hits,
       misses: reads - hits,
@@ -367,10 +380,10 @@ export class Metrics {
       refreshesFailed: this.refreshesFailed,
       negativeHits,
       invalidationsApplied: this.invalidationsApplied,
-      invalidationLag: this.invalidationLag.snapshot(),
+      invalidationLag: this.invalidationLag.snapshot(withBuckets),
       subscribers: this.subscribers,
       gapsSent: this.gapsSent,
-      rpcs: this.rpcs.map((rpc) => rpc.snapshot()),
+      rpcs: this.rpcs.map((rpc) => rpc.snapshot(withBuckets)),
     }
   }
 }

@@ -20,6 +20,7 @@ import {
   DeleteItemRequestSchema,
   DeleteItemResponseSchema,
   type GetItemRequest,
+  type GetMetricsRequest,
   GetMetricsResponseSchema,
   type InspectItemRequest,
   InspectItemResponseSchema,
@@ -361,7 +362,8 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     })
   }
 
-  const metrics = () => metricsMessage(frame.metrics.snapshot())
+  const metrics = ({ includeBuckets }: GetMetricsRequest | WatchMetricsRequest) =>
+    metricsMessage(frame.metrics.snapshot(includeBuckets))
 
   const watchMetrics: StreamHandler<WatchMetricsRequest> = async function* (request, _, signals) {
     const signal = AbortSignal.any([signals.gone, signals.draining])
@@ -371,7 +373,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
     for (;;) {
-      yield create(WatchMetricsResponseSchema, { snapshot: metrics() })
+      yield create(WatchMetricsResponseSchema, { snapshot: metrics(request) })
       await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
     }
   }
@@ -391,7 +393,9 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     DeleteItem: on('DeleteItem', deleteItem),
     InvalidateItems: on('InvalidateItems', invalidateItems),
     InspectItem: on('InspectItem', inspect),
-    GetMetrics: on('GetMetrics', () => create(GetMetricsResponseSchema, { snapshot: metrics() })),
+    GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
+      create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+    ),
     WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
     WatchInvalidations: serverStream(
       frame,

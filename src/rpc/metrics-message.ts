@@ -64,5 +64,6 @@ function latencyMessage(latency: LatencySnapshot): MessageInitShape<typeof Laten
     p90: toDuration(latency.p90Ms),
     p99: toDuration(latency.p99Ms),
     max: toDuration(latency.maxMs),
+    buckets: (latency.buckets ?? []).map(BigInt),
   }
 }

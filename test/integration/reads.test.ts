@@ -209,7 +209,7 @@ describe('concurrent readers', () => {
   test('of an item that only the origin has share one request and make one row', async () => {
     await using service = await startService()
     const answers = await Promise.all(
-      Array.from({ length: 1000 }, () => service.client.call('getItem', { id: '9' })),
+      Array.from({ length: 1000 }, () => service.client.call('getItem', { id: '9' }, { timeoutMs: 50_000 })),
     )
     expect(answers.every((answer) => answer.result.case === 'item')).toBe(true)
     expect(service.catalogue.requests.get('/products/9')).toBe(1)

@@ -621,11 +621,13 @@ describe('whatever the order in which answers arrive', () => {
       },
     )
 
-  test('nobody gets a value that is older than what was acknowledged here, and nothing stale is kept', async () => {
+  test('nobody gets a value that is older than what was acknowledged here, and nothing stale is kept', {
+    timeout: 300_000,
+  }, async () => {
     await fc.assert(explore(0), { numRuns: 1000 })
   })
 
-  test('not even when the database fails now and then', async () => {
+  test('not even when the database fails now and then', { timeout: 300_000 }, async () => {
     await fc.assert(explore(3), { numRuns: 600 })
   })
 })

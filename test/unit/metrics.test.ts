@@ -172,6 +172,21 @@ describe('a latency histogram', () => {
     expect(histogram.sumMs).toBe(6 * 86_400_000)
   })
 
+  test('tells its buckets when asked: the difference of two is what happened in between', () => {
+    const histogram = new LatencyHistogram()
+    expect(histogram.snapshot(true).buckets).toEqual([])
+    expect(histogram.snapshot()).not.toHaveProperty('buckets')
+    for (const ms of [0, 0.0005, 0.0015]) histogram.record(ms)
+    // 2^(2/4) µs < 1.5 µs <= 2^(3/4) µs
+    expect(histogram.snapshot(true).buckets).toEqual([2, 0, 0, 1])
+    for (const ms of [100, 9_000_000]) histogram.record(ms)
+    const { buckets = [] } = histogram.snapshot(true)
+    expect(buckets).toHaveLength(112)
+    expect(buckets.reduce((sum, count) => sum + count)).toBe(5)
+    expect(buckets[Math.ceil(4 * Math.log2(100_000))]).toBe(1)
+    expect(buckets[111]).toBe(1)
+  })
+
   test('counts for ascending bounds how many values were below each', () => {
     const histogram = new LatencyHistogram()
     for (const ms of [0.0004, 0.2, 0.2, 7, 500, 400_000]) histogram.record(ms)

@@ -2942,9 +2942,11 @@ func (x *TagFloor) GetFloor() int64 {
 
 // GetMetricsRequest asks for the metrics of the instance that answers.
 type GetMetricsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// include_buckets: latencies carry their buckets.
+	IncludeBuckets bool `protobuf:"varint,1,opt,name=include_buckets,json=includeBuckets,proto3" json:"include_buckets,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *GetMetricsRequest) Reset() {
@@ -2975,6 +2977,13 @@ func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use GetMetricsRequest.ProtoReflect.Descriptor instead.
 func (*GetMetricsRequest) Descriptor() ([]byte, []int) {
 	return file_itemcache_v1_item_cache_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *GetMetricsRequest) GetIncludeBuckets() bool {
+	if x != nil {
+		return x.IncludeBuckets
+	}
+	return false
 }
 
 // GetMetricsResponse holds the metrics of one instance.
@@ -3027,9 +3036,11 @@ func (x *GetMetricsResponse) GetSnapshot() *MetricsSnapshot {
 type WatchMetricsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// interval between two snapshots: 100 ms to 1 h. Unset: 1 s.
-	Interval      *durationpb.Duration `protobuf:"bytes,1,opt,name=interval,proto3" json:"interval,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Interval *durationpb.Duration `protobuf:"bytes,1,opt,name=interval,proto3" json:"interval,omitempty"`
+	// include_buckets: latencies carry their buckets.
+	IncludeBuckets bool `protobuf:"varint,2,opt,name=include_buckets,json=includeBuckets,proto3" json:"include_buckets,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *WatchMetricsRequest) Reset() {
@@ -3067,6 +3078,13 @@ func (x *WatchMetricsRequest) GetInterval() *durationpb.Duration {
 		return x.Interval
 	}
 	return nil
+}
+
+func (x *WatchMetricsRequest) GetIncludeBuckets() bool {
+	if x != nil {
+		return x.IncludeBuckets
+	}
+	return false
 }
 
 // WatchMetricsResponse is one frame of a stream of metrics.
@@ -3456,7 +3474,11 @@ type Latency struct {
 	// p99 is the 99th percentile.
 	P99 *durationpb.Duration `protobuf:"bytes,4,opt,name=p99,proto3" json:"p99,omitempty"`
 	// max is the longest one.
-	Max           *durationpb.Duration `protobuf:"bytes,5,opt,name=max,proto3" json:"max,omitempty"`
+	Max *durationpb.Duration `protobuf:"bytes,5,opt,name=max,proto3" json:"max,omitempty"`
+	// buckets, when they were asked for: the difference of two snapshots tells the percentiles of the time in between. The
+	// first counts durations up to 1 µs, the one with index i those up to 2^(i/4) µs that are in none before it, the one with
+	// index 111 also all longer ones. Zeros at the end are left out.
+	Buckets       []int64 `protobuf:"varint,6,rep,packed,name=buckets,proto3" json:"buckets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3522,6 +3544,13 @@ func (x *Latency) GetP99() *durationpb.Duration {
 func (x *Latency) GetMax() *durationpb.Duration {
 	if x != nil {
 		return x.Max
+	}
+	return nil
+}
+
+func (x *Latency) GetBuckets() []int64 {
+	if x != nil {
+		return x.Buckets
 	}
 	return nil
 }
@@ -4402,12 +4431,14 @@ const file_itemcache_v1_item_cache_proto_rawDesc = "" +
 	"\rremoved_floor\x18\x04 \x01(\x03R\fremovedFloor\"2\n" +
 	"\bTagFloor\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x14\n" +
-	"\x05floor\x18\x02 \x01(\x03R\x05floor\"\x13\n" +
-	"\x11GetMetricsRequest\"O\n" +
+	"\x05floor\x18\x02 \x01(\x03R\x05floor\"<\n" +
+	"\x11GetMetricsRequest\x12'\n" +
+	"\x0finclude_buckets\x18\x01 \x01(\bR\x0eincludeBuckets\"O\n" +
 	"\x12GetMetricsResponse\x129\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x1d.itemcache.v1.MetricsSnapshotR\bsnapshot\"L\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x1d.itemcache.v1.MetricsSnapshotR\bsnapshot\"u\n" +
 	"\x13WatchMetricsRequest\x125\n" +
-	"\binterval\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\binterval\"Q\n" +
+	"\binterval\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\binterval\x12'\n" +
+	"\x0finclude_buckets\x18\x02 \x01(\bR\x0eincludeBuckets\"Q\n" +
 	"\x14WatchMetricsResponse\x129\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x1d.itemcache.v1.MetricsSnapshotR\bsnapshot\"\xd7\x05\n" +
 	"\x0fMetricsSnapshot\x129\n" +
@@ -4442,13 +4473,14 @@ const file_itemcache_v1_item_cache_proto_rawDesc = "" +
 	"\x05bytes\x18\t \x01(\x03R\x05bytes\x12\x1c\n" +
 	"\tevictions\x18\n" +
 	" \x01(\x03R\tevictions\x12 \n" +
-	"\vexpirations\x18\v \x01(\x03R\vexpirations\"\xd3\x01\n" +
+	"\vexpirations\x18\v \x01(\x03R\vexpirations\"\xed\x01\n" +
 	"\aLatency\x12\x14\n" +
 	"\x05count\x18\x01 \x01(\x03R\x05count\x12+\n" +
 	"\x03p50\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03p50\x12+\n" +
 	"\x03p90\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x03p90\x12+\n" +
 	"\x03p99\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x03p99\x12+\n" +
-	"\x03max\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03max\"\xf0\x01\n" +
+	"\x03max\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03max\x12\x18\n" +
+	"\abuckets\x18\x06 \x03(\x03R\abuckets\"\xf0\x01\n" +
 	"\n" +
 	"RpcMetrics\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n" +

@@ -2,7 +2,10 @@
 import { connect } from '@itemcache/client'
 
 const target = process.argv[2] ?? '127.0.0.1:50051'
-await using client = connect(target, { nearCache: { maxEntries: 10_000, maxBytes: 16 * 1024 * 1024 } })
+await using client = connect(target, {
+  nearCache: { maxEntries: 10_000, maxBytes: 16 * 1024 * 1024 },
+  timeoutMs: 5000,
+})
 
 // Until the invalidation stream has begun, every read goes to the service.
 while (client.nearStats()?.state !== 'current') await new Promise((resolve) => setTimeout(resolve, 20))

@@ -29,11 +29,35 @@ export function parseRevision(text: string): bigint {
   return revision
 }
 
-/** A number of items on a page. */
-export function parsePageSize(text: string): number {
-  const size = /^\d+$/.test(text) ? Number(text) : 0
-  if (size < 1 || size > 500) throw new InvalidArgumentError('It must be 1 to 500.')
-  return size
+/** A whole number within bounds. */
+export function parseWhole(min: number, max = Number.MAX_SAFE_INTEGER): (text: string) => number {
+  return (text) => {
+    const whole = /^\d{1,15}$/.test(text) ? Number(text) : -1
+    if (whole >= min && whole <= max) return whole
+    const range = max === Number.MAX_SAFE_INTEGER ? `at least ${min}` : `${min} to ${max}`
+    throw new InvalidArgumentError(`It must be ${range}.`)
+  }
+}
+
+/** A duration within bounds in milliseconds. */
+export function parseSpan(minMs: number, maxMs: number): (text: string) => number {
+  return (text) => {
+    const ms = parseDuration(text)
+    if (ms >= minMs && ms <= maxMs) return ms
+    throw new InvalidArgumentError(`It must be ${shown(minMs)} to ${shown(maxMs)}.`)
+  }
+}
+
+/** As `parseDuration` reads it. */
+function shown(ms: number): string {
+  const [unit = 'ms', factor = 1] =
+    Object.entries(UNITS_MS).findLast(([, factor]) => ms >= factor && ms % factor === 0) ?? []
+  return `${ms / factor}${unit}`
+}
+
+/** Ids, one per line; empty lines are none. */
+export function parseIds(text: string): string[] {
+  return text.split(/\r?\n/).filter((line) => line !== '')
 }
 
 /** `title,price` as `['title', 'price']`. */
@@ -106,7 +130,7 @@ export const CLEARABLE: readonly string[] = [...Object.values(WRITABLE), 'image'
  * fields, those that only the service sets are left alone; its etag is kept.
  */
 export function describeItem(
-  id: string,
+  id: string | undefined,
   flags: ItemFlags,
   json?: string,
 ): { readonly item: ItemInit; readonly fields: readonly string[] } {
@@ -116,12 +140,15 @@ export function describeItem(
     if (jsonName in given || name in given) fields.add(name)
   }
   const item = itemOf(given)
-  if (item.id !== '' && item.id !== id) {
+  if (id === undefined && item.id === '') {
+    throw new InvalidArgumentError('The item has no id: name one, or put it into the JSON.')
+  }
+  if (id !== undefined && item.id !== '' && item.id !== id) {
     throw new InvalidArgumentError(
       `The JSON is about item ${JSON.stringify(item.id)}, not ${JSON.stringify(id)}.`,
     )
   }
-  item.id = id
+  item.id = id ?? item.id
   for (const name of flags.clear ?? []) fields.add(name === 'image' ? 'image_uri' : name)
   const set = <T>(name: string, value: T | undefined, assign: (value: T) => void) => {
     if (value === undefined) return

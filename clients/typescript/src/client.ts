@@ -261,7 +261,12 @@ export interface WatchOptions {
   readonly metadata?: Readonly<Record<string, string>> | undefined
 }
 
-export interface WatchMetricsOptions extends CallOptions {
+export interface MetricsOptions extends CallOptions {
+  /** Latencies carry their buckets, so that two snapshots tell the percentiles of the time in between. Default: false. */
+  readonly buckets?: boolean | undefined
+}
+
+export interface WatchMetricsOptions extends MetricsOptions {
   /** Milliseconds between two snapshots: 100 to 3,600,000. Default: 1,000. */
   readonly intervalMs?: number | undefined
 }
@@ -519,15 +524,16 @@ export class Client implements AsyncDisposable {
   }
 
   /** The counters and latencies of the instance that answers. */
-  async metrics(options: CallOptions = {}): Promise<MetricsSnapshot> {
-    const { snapshot } = await this.#transport.unary(method.getMetrics, {}, this.#toRead(options))
+  async metrics(options: MetricsOptions = {}): Promise<MetricsSnapshot> {
+    const request = { includeBuckets: options.buckets ?? false }
+    const { snapshot } = await this.#transport.unary(method.getMetrics, request, this.#toRead(options))
     return present(snapshot, 'GetMetrics')
   }
 
   /** The counters and latencies of one instance at once, and then once per interval, until the caller breaks off. */
   async *watchMetrics(options: WatchMetricsOptions = {}): AsyncGenerator<MetricsSnapshot, void, undefined> {
-    const { intervalMs } = options
-    const request = { interval: duration('intervalMs', intervalMs) }
+    const { intervalMs, buckets: includeBuckets = false } = options
+    const request = { interval: duration('intervalMs', intervalMs), includeBuckets }
     const frames = this.#transport.serverStream(method.watchMetrics, request, this.#toRead(options))
     for await (const { snapshot } of frames) yield present(snapshot, 'WatchMetrics')
   }

@@ -1,5 +1,6 @@
 /** The command line: `run` is the whole program but for the process. */
 import { readFile } from 'node:fs/promises'
+import tab from '@bomb.sh/tab/commander'
 import { create, type DescMessage, type MessageInitShape, toJsonString } from '@bufbuild/protobuf'
 import { status } from '@grpc/grpc-js'
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
@@ -11,14 +12,28 @@ import {
   parseAttributes,
   parseDuration,
   parseFields,
-  parsePageSize,
+  parseIds,
   parsePrice,
   parseRevision,
+  parseSpan,
   parseTimeout,
+  parseWhole,
 } from './arguments.ts'
-import { type Client, connect, type GetManyResult, type Invalidation, type ReadOptions } from './client.ts'
+import {
+  type Client,
+  type ConnectOptions,
+  connect,
+  type GetManyResult,
+  type Invalidation,
+  type ReadOptions,
+} from './client.ts'
+import { type BenchFlags, bench } from './commands/bench.ts'
+import { top } from './commands/top.ts'
+import { type WarmFlags, warm } from './commands/warm.ts'
+import { type WatchFlags, watch } from './commands/watch.ts'
 import { toDuration } from './duration.ts'
 import { DeadlineExceededError, ItemCacheError, NotFoundError, UnavailableError } from './errors.ts'
+import { Ending, EXIT, exitCodeOf, worstExitCode } from './exit.ts'
 import {
   CHANGE_HEADER,
   formatCache,
@@ -46,29 +61,17 @@ import {
   MetricsSnapshotSchema,
   UpdateItemResponseSchema,
 } from './gen/itemcache/v1/item_cache_pb.ts'
-
-/** What the program exits with. */
-export const EXIT = { ok: 0, error: 1, usage: 2, notFound: 3, unavailable: 4 } as const
-
-/** A place to write to. */
-export interface Output {
-  write(text: string): unknown
-  readonly isTTY?: boolean
-  readonly columns?: number
-}
-
-/** What the program gets from its process. */
-export interface Io {
-  readonly stdout: Output
-  readonly stderr: Output
-  readonly stdin: AsyncIterable<Uint8Array | string>
-  readonly env: Readonly<Record<string, string | undefined>>
-}
+import { type Io, styleOf } from './terminal.ts'
 
 interface GlobalFlags {
   readonly target: string
   readonly tenant?: string
   readonly timeout: number
+  readonly tls?: true
+  readonly ca?: string
+  readonly cert?: string
+  readonly key?: string
+  readonly serverName?: string
   readonly json?: true
 }
 
@@ -100,15 +103,6 @@ interface InvalidateFlags {
   readonly refreshOrigin?: true
 }
 
-/** Ends the program with a code other than 0 after everything was said. */
-class Ending extends Error {
-  readonly exitCode: number
-  constructor(exitCode: number) {
-    super()
-    this.exitCode = exitCode
-  }
-}
-
 /** Runs the program with its arguments (without node and script) and resolves with its exit code. */
 export async function run(argv: readonly string[], io: Io): Promise<number> {
   const program = new Program(io)
@@ -128,18 +122,18 @@ export async function run(argv: readonly string[], io: Io): Promise<number> {
   }
 }
 
-function exitCodeOf(error: unknown): number {
-  if (error instanceof NotFoundError) return EXIT.notFound
-  if (error instanceof UnavailableError || error instanceof DeadlineExceededError) return EXIT.unavailable
-  return EXIT.error
-}
-
 function explain(error: unknown, flags: GlobalFlags): string {
   if (!(error instanceof ItemCacheError))
     return printable(error instanceof Error ? error.message : String(error))
+  if (exitCodeOf(error) === EXIT.usage) return formatError(error)
   const target = printable(flags.target)
   if (error instanceof UnavailableError && error.reason === undefined) {
-    return `cannot reach ${target}: is the service running? (npm start)`
+    // grpc-js tells what the last attempt failed with, as a wrong certificate.
+    const [, why = 'ECONNREFUSED'] =
+      /.*Last error: (.+?)(?:\. Resolution note: .*)?$/s.exec(error.message) ?? []
+    return why.includes('ECONNREFUSED')
+      ? `cannot reach ${target}: is the service running? (npm start)`
+      : `cannot reach ${target}: ${printable(why)}`
   }
   if (error instanceof DeadlineExceededError && error.reason === undefined) {
     return `no answer from ${target} within ${flags.timeout / 1000} s (--timeout)`
@@ -162,11 +156,7 @@ class Program {
   constructor(io: Io) {
     this.#io = io
     const { stdout, env } = io
-    const terminal = stdout.isTTY === true
-    this.#style = {
-      color: terminal && (env['NO_COLOR'] ?? '') === '' && env['TERM'] !== 'dumb',
-      columns: terminal ? (stdout.columns ?? 80) : Number.POSITIVE_INFINITY,
-    }
+    this.#style = styleOf(stdout, env)
     // As in the service's configuration, an empty variable counts as unset.
     const tenant = env['ITEMCACHE_TENANT'] || undefined
     this.flags = {
@@ -179,7 +169,7 @@ class Program {
   commands(): Command {
     const { stdout, stderr } = this.#io
     const program = new Command('itemcache')
-      .description('Reads, writes and inspects the items of an ItemCache service.')
+      .description('Reads, writes and watches the items of an ItemCache service, and shows what it does.')
       .exitOverride()
       .configureOutput({
         writeOut: (text) => void stdout.write(text),
@@ -200,6 +190,11 @@ class Program {
           .argParser(parseTimeout)
           .default(this.flags.timeout, '5s'),
       )
+      .option('--tls', 'use TLS; so do --ca, --cert and --server-name')
+      .option('--ca <file>', 'whom to trust, PEM (default: what Node trusts)')
+      .option('--cert <file>', 'the own certificate, PEM, for mTLS; with --key')
+      .option('--key <file>', 'the key of --cert, PEM')
+      .option('--server-name <name>', "the name in the service's certificate (default: the target's host)")
       .option('--json', 'print JSON, one document per line')
       .hook('preAction', (_program, action) => {
         this.flags = action.optsWithGlobals<GlobalFlags>()
@@ -218,13 +213,24 @@ class Program {
       .option('--category <name>', 'only items of this category')
       .option('--tag <tag>', 'only items with this tag')
       .addOption(
-        new Option('--page-size <n>', 'items per page, 1 to 500 (default: 50)').argParser(parsePageSize),
+        new Option('--page-size <n>', 'items per page, 1 to 500 (default: 50)').argParser(parseWhole(1, 500)),
       )
       .option('--all', 'all pages')
       .action((flags: ListFlags) => this.#list(flags))
     describing(program.command('create').description('Create an item.').argument('<id>')).action(
       (id: string, flags: WriteFlags) => this.#create(id, flags),
     )
+    describing(
+      program
+        .command('put')
+        .description(
+          'Store an item as it is described, whether or not it existed: fields that are left out are unset. ' +
+            'Without flags that describe it, it is read as JSON from stdin.',
+        )
+        .argument('[id]', "default: the JSON's"),
+    )
+      .option('--etag <etag>', 'fail unless this is still the current version')
+      .action((id: string | undefined, flags: WriteFlags, command: Command) => this.#put(id, flags, command))
     describing(program.command('update').description('Change the named fields of an item.').argument('<id>'))
       .addOption(
         new Option('--clear <field>', 'unset a field (repeatable)').argParser(
@@ -270,11 +276,81 @@ class Program {
           .default(1000, '1s'),
       )
       .action((flags: { watch?: true; interval: number }) => this.#metrics(flags))
+    program
+      .command('watch')
+      .description('Show changes and invalidations as they happen: all, or of these ids and tags.')
+      .argument('[ids...]')
+      .addOption(new Option('--tag <tag>', 'items with this tag or category (repeatable)').argParser(append))
+      .addOption(
+        new Option('--resume-after <revision>', 'go on exactly after it (default: begin now)').argParser(
+          parseRevision,
+        ),
+      )
+      .option('--items', 'with --json: also the items themselves')
+      .addOption(new Option('--count <n>', 'end after so many').argParser(parseWhole(1)))
+      .action((ids: string[], flags: WatchFlags) => this.#watch(ids, flags))
+    program
+      .command('top')
+      .description(
+        'Show live what the instance that answers does; q or Ctrl-C ends it. ' +
+          'Without a terminal: one line per interval.',
+      )
+      .addOption(
+        new Option('--interval <duration>', 'between two updates: 100ms to 1h')
+          .argParser(parseSpan(100, 3_600_000))
+          .default(1000, '1s'),
+      )
+      .addOption(new Option('--count <n>', 'end after so many updates').argParser(parseWhole(1)))
+      .action((flags: { interval: number; count?: number }) => this.#top(flags))
+    program
+      .command('warm')
+      .description('Read items so that the caches hold them.')
+      .argument('[ids...]')
+      .option('--file <file>', 'an id per line; -: from stdin')
+      .addOption(
+        new Option('--concurrency <n>', 'calls of 100 ids under way at once, 1 to 64')
+          .argParser(parseWhole(1, 64))
+          .default(4),
+      )
+      .action((ids: string[], flags: WarmFlags & { file?: string }, command: Command) =>
+        this.#warm(ids, flags, command),
+      )
+    program
+      .command('bench')
+      .description('Read items for some seconds and show how fast that was. Writes nothing.')
+      .argument('[ids...]', 'what to read, by chance (default: the first page of list)')
+      .addOption(
+        new Option('--duration <duration>', '100ms to 1m')
+          .argParser(parseSpan(100, 60_000))
+          .default(3000, '3s'),
+      )
+      .addOption(
+        new Option('--concurrency <n>', 'callers, each with one call under way, 1 to 1000')
+          .argParser(parseWhole(1, 1000))
+          .default(16),
+      )
+      .addOption(new Option('--connections <n>', '1 to 64').argParser(parseWhole(1, 64)).default(1))
+      .addOption(
+        new Option('--batch <n>', 'ids per call of BatchGetItems, 1 to 500 (default: GetItem)')
+          .argParser(parseWhole(1, 500))
+          .conflicts('pipeline'),
+      )
+      .option('--pipeline', 'look-ups over one stream per connection')
+      .action((ids: string[], flags: BenchFlags) => this.#bench(ids, flags))
+    program
+      .command('serve')
+      .description(
+        'Start the service; its settings are variables of the environment. Only in the repository.',
+      )
+      .argument('[args...]', 'of the service, after --: `itemcache serve -- --help`')
+      .action((args: string[]) => this.#serve(args))
+    // `completion SHELL`, and the hidden `complete` that the shells then call.
+    tab(program, { completionCommandName: 'completion' })
     return program
   }
 
   async #get(id: string, flags: ReadFlags): Promise<void> {
-    await using client = this.#connect()
+    await using client = await this.#connect()
     const { item, cache, revision } = await client.get(id, readOptions(flags))
     if (this.flags.json) {
       const result = item === undefined ? { case: undefined } : ({ case: 'item', value: item } as const)
@@ -288,7 +364,7 @@ class Program {
   }
 
   async #getMany(ids: readonly string[], flags: ReadFlags): Promise<void> {
-    await using client = this.#connect()
+    await using client = await this.#connect()
     const results = [...(await client.getMany(ids, readOptions(flags))).values()]
     if (this.flags.json) {
       for (const result of results) this.#json(BatchGetItemsResultSchema, batchResult(result))
@@ -301,14 +377,13 @@ class Program {
       this.#say(formatTable(['id', 'title', 'answer'], rows, this.#style))
     }
     const errors = results.flatMap(({ error }) => error ?? [])
-    const codes = errors.map(exitCodeOf)
-    for (const code of [EXIT.error, EXIT.unavailable, EXIT.notFound])
-      if (codes.includes(code)) throw new Ending(code)
+    const code = worstExitCode(errors.map(exitCodeOf))
+    if (code !== EXIT.ok) throw new Ending(code)
     if (results.some(({ item }) => item === undefined)) throw new Ending(EXIT.notFound)
   }
 
   async #list({ category, tag, pageSize, all }: ListFlags): Promise<void> {
-    await using client = this.#connect()
+    await using client = await this.#connect()
     const size = pageSize ?? (all ? 500 : undefined)
     let more = false
     for await (const page of client.list({ category, tag, pageSize: size }).pages()) {
@@ -322,8 +397,20 @@ class Program {
 
   async #create(id: string, flags: WriteFlags): Promise<void> {
     const { item } = describeItem(id, flags, await this.#jsonInput(flags))
-    await using client = this.#connect()
+    await using client = await this.#connect()
     this.#written(CreateItemResponseSchema, await client.create(item))
+  }
+
+  async #put(id: string | undefined, flags: WriteFlags, command: Command): Promise<void> {
+    const isDescribed = ITEM_FLAGS.some((name) => name in flags)
+    if (!isDescribed && this.#io.stdin.isTTY === true)
+      command.error('error: describe the item with flags, or give it as JSON on stdin (--help)')
+    const json = await this.#jsonInput(isDescribed ? flags : { ...flags, jsonInput: '-' })
+    const { item } = describeItem(id, flags, json)
+    const current = { ...item, ...(flags.etag !== undefined && { etag: flags.etag }) }
+    await using client = await this.#connect()
+    const options = { fields: ['*'], allowMissing: true }
+    this.#written(UpdateItemResponseSchema, await client.update(current, options))
   }
 
   async #update(id: string, flags: WriteFlags, command: Command): Promise<void> {
@@ -331,7 +418,7 @@ class Program {
     if (fields.length === 0 && !flags.allowMissing)
       command.error('error: nothing to change: name a field (--help)')
     const current = { ...item, ...(flags.etag !== undefined && { etag: flags.etag }) }
-    await using client = this.#connect()
+    await using client = await this.#connect()
     this.#written(
       UpdateItemResponseSchema,
       await client.update(current, { fields, allowMissing: flags.allowMissing ?? false }),
@@ -347,7 +434,7 @@ class Program {
   }
 
   async #delete(id: string, { etag, allowMissing }: { etag?: string; allowMissing?: true }): Promise<void> {
-    await using client = this.#connect()
+    await using client = await this.#connect()
     const { revision } = await client.delete(id, { etag, allowMissing })
     if (this.flags.json) this.#json(DeleteItemResponseSchema, { revision })
     else this.#say(`deleted item ${printable(id)}, revision ${revision}\n`)
@@ -355,21 +442,21 @@ class Program {
 
   async #invalidate(ids: readonly string[], flags: InvalidateFlags, command: Command): Promise<void> {
     const what = invalidationOf(ids, flags, command)
-    await using client = this.#connect()
+    await using client = await this.#connect()
     const { revision } = await client.invalidate(what)
     if (this.flags.json) this.#json(InvalidateItemsResponseSchema, { revision })
     else this.#say(`invalidated, revision ${revision}\n`)
   }
 
   async #inspect(id: string): Promise<void> {
-    await using client = this.#connect()
+    await using client = await this.#connect()
     const inspection = await client.inspect(id)
     if (this.flags.json) this.#json(InspectItemResponseSchema, inspection)
     else this.#say(formatInspection(id, inspection, this.#style))
   }
 
   async #metrics({ watch, interval }: { watch?: true; interval: number }): Promise<void> {
-    await using client = this.#connect()
+    await using client = await this.#connect()
     if (watch) return await this.#watchMetrics(client, interval)
     const snapshot = await client.metrics()
     if (this.flags.json) this.#json(MetricsSnapshotSchema, snapshot)
@@ -378,25 +465,102 @@ class Program {
 
   async #watchMetrics(client: Client, intervalMs: number): Promise<void> {
     let before: MetricsSnapshot | undefined
-    for await (const snapshot of client.watchMetrics({ intervalMs })) {
+    for await (const snapshot of client.watchMetrics({ intervalMs, buckets: true })) {
       if (this.flags.json) this.#json(MetricsSnapshotSchema, snapshot)
       else this.#say(before === undefined ? CHANGE_HEADER : formatChange(before, snapshot))
       before = snapshot
     }
   }
 
-  #connect(): Client {
+  async #watch(ids: readonly string[], flags: WatchFlags): Promise<void> {
+    await using client = await this.#connect()
+    await watch(client, ids, { ...flags, ...this.#asJson() }, this.#io, this.#style)
+  }
+
+  async #top(flags: { interval: number; count?: number }): Promise<void> {
+    await using client = await this.#connect()
+    await top(client, { ...flags, target: this.flags.target, ...this.#asJson() }, this.#io)
+  }
+
+  async #warm(ids: readonly string[], flags: WarmFlags & { file?: string }, command: Command): Promise<void> {
+    const { file } = flags
+    const all = new Set(file === undefined ? ids : [...ids, ...parseIds(await this.#read(file, '--file'))])
+    if (all.size === 0) command.error('error: name ids, or a file with --file')
+    await using client = await this.#connect()
+    await warm(client, all, { ...flags, ...this.#asJson() }, this.#io)
+  }
+
+  async #bench(ids: readonly string[], flags: BenchFlags): Promise<void> {
+    const { connections, pipeline = false } = flags
+    await using client = await this.#connect({ connections, pipeline })
+    let read = [...new Set(ids)]
+    if (read.length === 0) {
+      const { value: page } = await client.list({ pageSize: 500 }).pages().next()
+      read = page?.items.map(({ id }) => id) ?? []
+    }
+    if (read.length === 0) {
+      this.#io.stderr.write('itemcache: there are no items to read: name ids, or warm some first\n')
+      throw new Ending(EXIT.notFound)
+    }
+    await bench(client, read, { ...flags, ...this.#asJson() }, this.#io)
+  }
+
+  #serve(args: readonly string[]): void {
+    if (this.#io.serve !== undefined) this.#io.serve(args)
+    this.#io.stderr.write(
+      'itemcache: this package is the client, without the service: get the repository of ItemCache and run npm start there\n',
+    )
+    throw new Ending(EXIT.error)
+  }
+
+  #asJson(): { json?: true } {
+    return this.flags.json ? { json: true } : {}
+  }
+
+  async #connect(options: ConnectOptions = {}): Promise<Client> {
     const { target, tenant, timeout } = this.flags
-    return connect(target, { tenant, timeoutMs: timeout, clientId: 'itemcache-cli' })
+    const token = this.#io.env['ITEMCACHE_TOKEN'] || undefined
+    const tls = await this.#tls()
+    return connect(target, { tenant, timeoutMs: timeout, clientId: 'itemcache-cli', token, tls, ...options })
+  }
+
+  async #tls(): Promise<ConnectOptions['tls']> {
+    const { tls = false, ca, cert, key, serverName, target } = this.flags
+    if ((cert === undefined) !== (key === undefined)) {
+      throw new InvalidArgumentError('--cert and --key go together')
+    }
+    const isTls = tls || [ca, cert, serverName].some((flag) => flag !== undefined)
+    if (isTls && serverName === undefined && IP_TARGET.test(target)) {
+      throw new InvalidArgumentError('TLS to an IP address needs --server-name, as the certificate has it')
+    }
+    if (ca === undefined && cert === undefined && serverName === undefined) return tls
+    return {
+      ca: ca && (await this.#read(ca, '--ca')),
+      cert: cert && (await this.#read(cert, '--cert')),
+      key: key && (await this.#read(key, '--key')),
+      serverName,
+    }
   }
 
   /** What `--json-input` names: a file, or `-` for stdin. */
   async #jsonInput({ jsonInput }: WriteFlags): Promise<string | undefined> {
-    if (jsonInput === undefined) return undefined
-    if (jsonInput !== '-') return await readFile(jsonInput, 'utf8')
-    const chunks: Uint8Array[] = []
-    for await (const chunk of this.#io.stdin) chunks.push(Buffer.from(chunk as Uint8Array))
-    return Buffer.concat(chunks).toString()
+    return jsonInput === undefined ? undefined : await this.#read(jsonInput, '--json-input')
+  }
+
+  /** The text of a file, or of stdin for `-`. */
+  async #read(file: string, flag: string): Promise<string> {
+    if (file === '-') {
+      const chunks: Uint8Array[] = []
+      for await (const chunk of this.#io.stdin) chunks.push(Buffer.from(chunk as Uint8Array))
+      return Buffer.concat(chunks).toString()
+    }
+    try {
+      return await readFile(file, 'utf8')
+    } catch (cause) {
+      throw new InvalidArgumentError(
+        `${flag}: cannot read ${file} (${(cause as NodeJS.ErrnoException).code})`,
+      )
+    }
   }
 
   #say(text: string): void {
@@ -408,11 +572,30 @@ class Program {
   }
 }
 
+/** The name that TLS asks for must not be an IP address. */
+const IP_TARGET = /^(?:ipv[46]:|dns:(?:\/\/\/)?)?(?:[\d.]+|\[[\da-f:]+\])(?::\d+)?(?:,|$)/i
+
+/** What makes `put` not read stdin. */
+const ITEM_FLAGS = [
+  'title',
+  'description',
+  'category',
+  'price',
+  'tag',
+  'image',
+  'attributes',
+  'jsonInput',
+] as const satisfies readonly (keyof WriteFlags)[]
+
 const HELP = `
-Exit codes: 0 done, 1 error, 2 wrong usage (nothing was sent), 3 not found, 4 unreachable or too slow.
+Environment: ITEMCACHE_TARGET, ITEMCACHE_TENANT, ITEMCACHE_TOKEN (sent as a bearer token), NO_COLOR.
+
+Exit codes: 0 done, 1 error, 2 wrong usage (nothing was sent), 3 not found, 4 unreachable or too slow,
+130 interrupted before the end.
 
 Examples:
   itemcache get 1
+  itemcache put lamp-1 --title 'Desk lamp' --price '19.99 EUR'
   itemcache update 1 --price '17.50 EUR' --tag sale
   itemcache get 1 --json | jq '.item | .title += "!"' | itemcache update 1 --json-input -`
 

@@ -4,11 +4,13 @@ import type { DescEnum } from '@bufbuild/protobuf'
 import { type Timestamp, timestampDate } from '@bufbuild/protobuf/wkt'
 import { toMs } from './duration.ts'
 import type { ItemCacheError } from './errors.ts'
+import type { InvalidationEvent } from './follow.ts'
 import {
   BreakerState,
   BreakerStateSchema,
   CacheOutcomeSchema,
   type CacheStatus,
+  type Floors,
   type InspectItemResponse,
   type Item,
   ItemSource,
@@ -22,10 +24,10 @@ import {
   StaleReasonSchema,
   Tier,
   type TierInspection,
-  type TierMetrics,
   TierSchema,
 } from './gen/itemcache/v1/item_cache_pb.ts'
 import { formatMoney } from './money.ts'
+import { Span, uptimeMs } from './rates.ts'
 
 /** How a place can be written to. */
 export interface Style {
@@ -36,7 +38,7 @@ export interface Style {
 
 type Paint = (format: Parameters<typeof styleText>[0], text: string) => string
 
-function painter({ color }: Style): Paint {
+export function painter({ color }: Style): Paint {
   return (format, text) => (color ? styleText(format, text, { validateStream: false }) : text)
 }
 
@@ -76,7 +78,18 @@ export function formatBytes(bytes: number | bigint): string {
   return ''
 }
 
-const count = (value: bigint): string => value.toLocaleString('en-US')
+/** `1,234`. */
+export const count = (value: bigint | number): string => value.toLocaleString('en-US')
+
+/** `98.7 %`, of a share from 0 to 1. */
+export const percent = (share: number): string => `${(share * 100).toFixed(1)} %`
+
+/** A number per second, with one decimal where that matters. */
+export function rate(perSecond: number): string {
+  if (perSecond === 0) return '0'
+  return perSecond < 9.95 ? perSecond.toFixed(1) : count(Math.round(perSecond))
+}
+
 const width = (text: string): number => [...text].length
 
 /** Where an answer came from: `from MEMORY (HIT), age 3.2 s, fresh for 56 s, revision 17`. */
@@ -107,6 +120,27 @@ function formatSkipped({ tier, reason }: SkippedTier): string {
 /** The name of an enum's value, as `SOFT_TIMEOUT`; the number for one that this release does not know. */
 function nameOf(desc: DescEnum, value: number): string {
   return desc.value[value]?.localName ?? String(value)
+}
+
+/** The tier that answered: `memory`, or `no tier`. */
+export function tierName(cache: CacheStatus | undefined): string {
+  return cache === undefined || cache.tier === Tier.UNSPECIFIED ? 'no tier' : tierLabel(cache.tier)
+}
+
+export const tierLabel = (tier: Tier): string => words(TierSchema, tier)
+
+/** `GetItem` of `itemcache.v1.ItemCacheService/GetItem`. */
+export const methodName = (method: string): string => method.slice(method.lastIndexOf('/') + 1)
+
+/** `''` where there is no breaker. */
+export function breakerState(state: BreakerState): string {
+  return state === BreakerState.UNSPECIFIED ? '' : words(BreakerStateSchema, state)
+}
+
+export function breakerColor(state: BreakerState): 'green' | 'yellow' | 'red' | 'dim' {
+  if (state === BreakerState.CLOSED) return 'green'
+  if (state === BreakerState.HALF_OPEN) return 'yellow'
+  return state === BreakerState.OPEN ? 'red' : 'dim'
 }
 
 /** The same as people write it: `soft timeout`. */
@@ -196,26 +230,131 @@ export function formatItems(items: readonly Item[], style: Style): string {
   return formatTable(['id', 'title', 'category', 'price'], rows, style)
 }
 
-/** Which tiers hold an item, and what a copy must satisfy to be served. */
+/** Which tiers hold an item, and how their copies and its invalidations lie on the line of revisions. */
 export function formatInspection(id: string, { tiers, floors }: InspectItemResponse, style: Style): string {
   const paint = painter(style)
   const rows = tiers.map((tier) => {
-    const { mark, color, state } = verdict(tier)
-    const facts = tierFacts(tier).join('   ')
-    return `  ${words(TierSchema, tier.tier).padEnd(9)} ${paint(color, `${mark} ${state.padEnd(18)}`)} ${facts}`.trimEnd()
-  })
-  const lines = [paint('bold', `item ${printable(id)}`), ...rows]
-  if (floors !== undefined) {
-    const { tenantFloor, keyFloor, tagFloors, removedFloor } = floors
-    const known = [
-      ...(keyFloor > 0n ? [`the item itself ${keyFloor}`] : []),
-      ...tagFloors.map(({ tag, floor }) => `tag ${printable(tag)} ${floor}`),
-      ...(tenantFloor > 0n ? [`all items ${tenantFloor}`] : []),
-      ...(removedFloor > 0n ? [`removed ${removedFloor}`] : []),
+    const { age, remainingTtl, sizeBytes, asOf, present } = tier
+    const { mark, state } = verdict(tier)
+    return [
+      tierLabel(tier.tier),
+      `${mark} ${state}`,
+      present ? `${asOf}` : '',
+      present && age !== undefined ? formatDuration(toMs(age)) : '',
+      present && remainingTtl !== undefined ? formatDuration(toMs(remainingTtl)) : '',
+      present && sizeBytes > 0n ? formatBytes(sizeBytes) : '',
+      breakerState(tier.breaker),
     ]
-    lines.push(`last invalidations: ${known.length === 0 ? 'none known' : known.join(', ')}`)
-  }
+  })
+  const header = ['tier', 'copy', 'as of', 'age', 'dropped in', 'size', 'breaker']
+  const table = formatTable(header, rows, style).trimEnd().split('\n')
+  const colored = tiers.map((tier, i) => {
+    const { mark, color } = verdict(tier)
+    return (table[i + 1] ?? '').replace(mark, paint(color, mark))
+  })
+  const lines = [paint('bold', `item ${printable(id)}`), '', table[0], ...colored]
+  if (floors !== undefined) lines.push('', ...revisionLine(tiers, floors, style))
   return `${lines.join('\n')}\n`
+}
+
+interface Mark {
+  readonly revision: bigint
+  readonly row: string
+  readonly text: string
+  readonly color: 'green' | 'yellow' | 'red' | 'dim' | 'cyan'
+}
+
+/** Names of tags are cut to so many characters. */
+const MAX_TAG = 14
+/** The newest of the tags' floors that are shown. */
+const MAX_TAG_FLOORS = 4
+
+/** One column per revision, the newest at the right: a copy is current when no floor is to the right of it. */
+function revisionLine(tiers: readonly TierInspection[], floors: Floors, style: Style): string[] {
+  const paint = painter(style)
+  const floorMarks = floorsOf(floors).map(({ text, revision }) => ({
+    revision,
+    row: 'floors',
+    text: `▲ ${text}`,
+    color: 'cyan' as const,
+  }))
+  const copies: Mark[] = tiers
+    .filter(({ present }) => present)
+    .map((tier) => {
+      const { mark: text, color } = verdict(tier)
+      return { revision: tier.asOf, row: tierLabel(tier.tier), text, color }
+    })
+  if (floorMarks.length === 0) return [paint('dim', 'no invalidation of it is known')]
+  const marks = [...copies, ...floorMarks]
+  let revisions = [...new Set(marks.map(({ revision }) => revision))].sort((a, b) => (a < b ? -1 : 1))
+  const names = shortened(revisions)
+  const widthOf = (revision: bigint) =>
+    Math.max(
+      width(names.get(revision) ?? ''),
+      ...marks.filter((mark) => mark.revision === revision).map(({ text }) => width(text)),
+    ) + 2
+  const label = 10
+  while (
+    revisions.length > 1 &&
+    label + revisions.reduce((sum, revision) => sum + widthOf(revision), 0) > style.columns
+  ) {
+    revisions = revisions.slice(1)
+  }
+  const line = (name: string, cells: readonly (Mark | undefined)[], fill: string) =>
+    `${name.padEnd(label)}${cells
+      .map((mark, i) => {
+        const room = widthOf(revisions[i] ?? 0n)
+        const text = mark?.text ?? ''
+        return paint(mark?.color ?? 'dim', text) + paint('dim', fill.repeat(room - width(text)))
+      })
+      .join('')}`.trimEnd()
+  const at = (row: string, nth = 0) =>
+    revisions.map((revision) => marks.filter((mark) => mark.row === row && mark.revision === revision)[nth])
+  const depth = Math.max(
+    ...revisions.map((revision) => floorMarks.filter((mark) => mark.revision === revision).length),
+  )
+  return [
+    paint(
+      'dim',
+      line(
+        'revision',
+        revisions.map((revision) => plain(names.get(revision) ?? '')),
+        ' ',
+      ),
+    ),
+    ...copies.map(({ row }) => line(row, at(row), '─')),
+    ...Array.from({ length: depth }, (_, i) => line(i === 0 ? 'floors' : '', at('floors', i), ' ')),
+    paint('dim', 'a copy is current when no floor is to the right of it'),
+  ]
+}
+
+const plain = (text: string): Mark => ({ revision: 0n, row: '', text, color: 'dim' })
+
+function floorsOf({ keyFloor, tagFloors, tenantFloor, removedFloor }: Floors) {
+  const newestTags = tagFloors.toSorted((a, b) => (a.floor > b.floor ? -1 : 1)).slice(0, MAX_TAG_FLOORS)
+  return [
+    { text: 'item', revision: keyFloor },
+    ...newestTags.map(({ tag, floor }) => {
+      const name = printable(tag)
+      const cut = width(name) > MAX_TAG ? `${[...name].slice(0, MAX_TAG - 1).join('')}…` : name
+      return { text: `tag ${cut}`, revision: floor }
+    }),
+    { text: 'all items', revision: tenantFloor },
+    { text: 'removed', revision: removedFloor },
+  ].filter(({ revision }) => revision > 0n)
+}
+
+/** Revisions by their last digits, as many as it takes to tell them apart and at least four: `…7780`. */
+function shortened(revisions: readonly bigint[]): Map<bigint, string> {
+  const texts = revisions.map(String)
+  let digits = 4
+  while (digits < 20 && new Set(texts.map((text) => text.slice(-digits))).size < texts.length) digits++
+  return new Map(
+    revisions.map((revision, i) => {
+      const text = texts[i] ?? ''
+      return [revision, text.length > digits + 1 ? `…${text.slice(-digits)}` : text]
+    }),
+  )
 }
 
 function verdict(tier: TierInspection): {
@@ -237,15 +376,19 @@ function verdict(tier: TierInspection): {
     : { mark: '◐', color: 'yellow', state: `${what}, old` }
 }
 
-function tierFacts(tier: TierInspection): string[] {
-  if (!tier.present) return []
-  const { age, remainingTtl, sizeBytes } = tier
-  return [
-    `as of ${tier.asOf}`,
-    ...(age === undefined ? [] : [`age ${formatDuration(toMs(age))}`]),
-    ...(remainingTtl === undefined ? [] : [`dropped in ${formatDuration(toMs(remainingTtl))}`]),
-    ...(sizeBytes === 0n ? [] : [formatBytes(sizeBytes)]),
-  ]
+/** One event of a watch, as a line. */
+export function formatEvent(row: InvalidationEvent, style: Style): string {
+  const { committedAt, revision, event, mode, ids, tags, clientId } = row
+  const paint = painter(style)
+  const color = event === 'upserted' ? 'green' : event === 'deleted' ? 'red' : 'yellow'
+  const named = ids.length > 0 ? ids : tags.map((tag) => `tag ${tag}`)
+  const more = named.length > 10 ? ` and ${named.length - 10} more` : ''
+  const what =
+    event === 'tenant-invalidated' ? 'every item' : `${named.slice(0, 10).map(printable).join(', ')}${more}`
+  const how = mode === 'remove' && event.endsWith('invalidated') ? ' (remove)' : ''
+  const by = clientId === '' ? '' : `  ${paint('dim', `by ${printable(clientId)}`)}`
+  const at = committedAt.toISOString().slice(11, 23)
+  return `${paint('dim', at)}  ${revision}  ${paint(color, event.padEnd(18))}  ${what}${how}${by}`
 }
 
 /** A snapshot of an instance's metrics. */
@@ -258,7 +401,7 @@ export function formatMetrics(snapshot: MetricsSnapshot, style: Style): string {
     `log rows applied: ${count(snapshot.invalidationsApplied)}${lag && lag.count > 0n ? `, ${lagOf(lag)} after their commit` : ''}`,
   ]
   const tierRows = snapshot.tiers.map((tier) => [
-    words(TierSchema, tier.tier),
+    tierLabel(tier.tier),
     count(tier.hits),
     count(tier.misses),
     count(tier.errors),
@@ -266,12 +409,12 @@ export function formatMetrics(snapshot: MetricsSnapshot, style: Style): string {
     ...percentiles(tier.latency),
     tier.entries === 0n ? '' : count(tier.entries),
     tier.bytes === 0n ? '' : formatBytes(tier.bytes),
-    breaker(tier),
+    breakerState(tier.breaker),
   ])
   const rpcRows = snapshot.rpcs.map(({ method, started, finished, latency }) => {
     const refused = Object.entries(finished).filter(([code, times]) => code !== 'OK' && times > 0n)
     return [
-      method.slice(method.lastIndexOf('/') + 1),
+      methodName(method),
       count(started),
       ...percentiles(latency),
       refused.map(([code, times]) => `${code} ${count(times)}`).join(', '),
@@ -298,13 +441,6 @@ export function formatMetrics(snapshot: MetricsSnapshot, style: Style): string {
   ].join('\n')
 }
 
-function uptimeMs({ startTime, time }: MetricsSnapshot): number {
-  if (startTime === undefined || time === undefined) return 0
-  return timestampDate(time).getTime() - timestampDate(startTime).getTime()
-}
-
-const percent = (rate: number): string => `${(rate * 100).toFixed(1)} %`
-
 function lagOf({ p50, p99 }: Latency): string {
   return `${formatDuration(toMs(p50) ?? 0)} (p50) to ${formatDuration(toMs(p99) ?? 0)} (p99)`
 }
@@ -314,33 +450,41 @@ function percentiles(latency: Latency | undefined): [string, string] {
   return [formatDuration(toMs(latency.p50) ?? 0), formatDuration(toMs(latency.p99) ?? 0)]
 }
 
-function breaker({ breaker }: TierMetrics): string {
-  return breaker === BreakerState.UNSPECIFIED ? '' : words(BreakerStateSchema, breaker)
+/** The latencies of the methods that read: not of streams, whose length says nothing. */
+export function readLatencies({ rpcs }: MetricsSnapshot): (Latency | undefined)[] {
+  return rpcs
+    .filter(({ method }) => ['GetItem', 'BatchGetItems', 'ListItems'].includes(methodName(method)))
+    .map(({ latency }) => latency)
 }
 
 /** The head of the lines of `formatChange`. */
-export const CHANGE_HEADER = 'time (UTC)    reads/s  hit rate   loads/s   stale/s  failed/s\n'
+export const CHANGE_HEADER =
+  'time (UTC)   reads/s  hit rate  read p99   loads/s   stale/s  failed/s   lag p99\n'
 
 /** What happened between two snapshots of an instance, as one line. A restart in between counts from zero. */
 export function formatChange(before: MetricsSnapshot, after: MetricsSnapshot): string {
-  const seconds = (uptimeMs(after) - uptimeMs(before)) / 1000
-  const restarted = seconds <= 0 || after.startTime?.seconds !== before.startTime?.seconds
-  const span = restarted ? uptimeMs(after) / 1000 : seconds
-  const grown = (of: (snapshot: MetricsSnapshot) => bigint) =>
-    Number(of(after) - (restarted ? 0n : of(before)))
-  const hits = grown(({ hits }) => hits)
-  const reads = hits + grown(({ misses }) => misses)
-  const rate = (times: number) =>
-    (span > 0 ? times / span : 0).toFixed(times > 0 && times / span < 10 ? 1 : 0)
+  const span = new Span(before, after)
+  const hits = span.grown(({ hits }) => hits)
+  const reads = hits + span.grown(({ misses }) => misses)
+  const latency = (of: Parameters<Span['percentile']>[1]) => {
+    const ms = span.percentile(0.99, of)
+    return ms === undefined ? '–' : formatDuration(ms)
+  }
   const cells = [
-    rate(reads),
+    rate(span.seconds > 0 ? reads / span.seconds : 0),
     reads === 0 ? '–' : percent(hits / reads),
-    rate(grown(({ loads }) => loads)),
-    rate(grown(({ staleServed }) => staleServed)),
-    rate(grown(failures)),
+    latency(readLatencies),
+    rate(span.rate(({ loads }) => loads)),
+    rate(span.rate(({ staleServed }) => staleServed)),
+    rate(span.rate(failures)),
+    latency(({ invalidationLag }) => [invalidationLag]),
   ]
+  const open = after.tiers.filter(
+    ({ breaker }) => breaker !== BreakerState.UNSPECIFIED && breaker !== BreakerState.CLOSED,
+  )
+  const breakers = open.map(({ tier, breaker }) => `  ${tierLabel(tier)} ${breakerState(breaker)}`).join('')
   const at = after.time === undefined ? '' : timestampDate(after.time).toISOString().slice(11, 19)
-  return `${at.padEnd(11)}${cells.map((cell) => cell.padStart(10)).join('')}\n`
+  return `${at.padEnd(10)}${cells.map((cell) => cell.padStart(10)).join('')}${breakers}\n`
 }
 
 /** Calls that the service failed, not ones in which the caller was wrong. */

@@ -14,6 +14,7 @@ export {
   type ItemInit,
   type ItemList,
   type ListOptions,
+  type MetricsOptions,
   type Page,
   type ReadOptions,
   SERVICE_CONFIG,

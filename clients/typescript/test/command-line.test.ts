@@ -393,6 +393,13 @@ describe('usage', () => {
       'invalidate',
       'inspect',
       'metrics',
+      'put',
+      'watch',
+      'top',
+      'warm',
+      'bench',
+      'serve',
+      'completion',
     ]
     for (const command of commands) expect(stdout).toMatch(new RegExp(`^ {2}${command} `, 'm'))
     expect(stdout).toContain('3 not found')

@@ -7,6 +7,7 @@ import {
   formatCache,
   formatChange,
   formatDuration,
+  formatEvent,
   formatInspection,
   formatItem,
   formatMetrics,
@@ -199,35 +200,84 @@ describe('tables', () => {
   })
 })
 
-test('an inspection is a picture of the tiers', () => {
+describe('an inspection', () => {
   const inspection = create(InspectItemResponseSchema, {
     tiers: [
       {
         tier: Tier.MEMORY,
         present: true,
         current: true,
-        asOf: 17n,
+        asOf: 1700017n,
         age: durationFromMs(3200),
         remainingTtl: durationFromMs(3_540_000),
         sizeBytes: 1229n,
       },
-      { tier: Tier.REDIS, skipped: SkipReason.DOWN },
-      { tier: Tier.POSTGRES, present: true, negative: true, asOf: 12n },
-      { tier: Tier.ORIGIN, servedByOrigin: true },
+      { tier: Tier.REDIS, skipped: SkipReason.DOWN, breaker: BreakerState.OPEN },
+      { tier: Tier.POSTGRES, present: true, negative: true, asOf: 1700012n, breaker: BreakerState.CLOSED },
+      { tier: Tier.ORIGIN, servedByOrigin: true, breaker: BreakerState.HALF_OPEN },
     ],
-    floors: { keyFloor: 15n, tagFloors: [{ tag: 'bags', floor: 9n }] },
+    floors: {
+      keyFloor: 1700015n,
+      tenantFloor: 1700009n,
+      removedFloor: 1700015n,
+      tagFloors: [{ tag: 'bags and\nmore that is long', floor: 1700012n }],
+    },
   })
-  expect(formatInspection('1', inspection, PLAIN)).toBe(
-    [
-      'item 1',
-      '  memory    ● holds it           as of 17   age 3.2 s   dropped in 59 min   1.2 KiB',
-      '  redis     ! down',
-      '  postgres  ◐ knows: absent, old as of 12',
-      '  origin    ○ may know it',
-      'last invalidations: the item itself 15, tag bags 9',
-      '',
-    ].join('\n'),
+
+  test('is a picture of the tiers, and of copies and floors on the line of revisions', () => {
+    expect(formatInspection('1', inspection, PLAIN)).toBe(
+      [
+        'item 1',
+        '',
+        'tier      copy                    as of    age  dropped in     size  breaker',
+        'memory    ● holds it            1700017  3.2 s      59 min  1.2 KiB',
+        'redis     ! down                                                     open',
+        'postgres  ◐ knows: absent, old  1700012                              closed',
+        'origin    ○ may know it                                              half open',
+        '',
+        'revision  …0009        …0012                 …0015      …0017',
+        'memory    ──────────────────────────────────────────────●──────',
+        'postgres  ─────────────◐───────────────────────────────────────',
+        'floors    ▲ all items  ▲ tag bags and\\nmor…  ▲ item',
+        '                                             ▲ removed',
+        'a copy is current when no floor is to the right of it',
+        '',
+      ].join('\n'),
+    )
+  })
+
+  test('fits a narrow terminal: the oldest revisions give way', () => {
+    for (const columns of [40, 60, 80]) {
+      const lines = formatInspection('1', inspection, { color: false, columns }).split('\n')
+      const drawing = lines.filter((line) => /[─▲]|^revision/.test(line))
+      expect(Math.max(...drawing.map((line) => line.length))).toBeLessThanOrEqual(columns)
+    }
+    expect(formatInspection('1', inspection, { color: false, columns: 40 })).toContain('▲ item')
+  })
+
+  test('says so when no invalidation is known', () => {
+    const quiet = create(InspectItemResponseSchema, { tiers: [{ tier: Tier.MEMORY }], floors: {} })
+    expect(formatInspection('1', quiet, PLAIN)).toContain('no invalidation of it is known')
+  })
+})
+
+test('an event of a watch is one line, whatever its names contain', () => {
+  const event = {
+    revision: 17n,
+    event: 'keys-invalidated',
+    mode: 'remove',
+    ids: Array.from({ length: 12 }, (_, i) => `i${i}\u001b[2J`),
+    tags: [],
+    items: [],
+    committedAt: new Date(1234),
+    clientId: 'a writer',
+  } as const
+  expect(formatEvent(event, PLAIN)).toMatch(
+    /^00:00:01\.234 {2}17 {2}keys-invalidated {4}i0\\u001b\[2J, .* and 2 more \(remove\) {2}by a writer$/,
   )
+  const plain = { ...event, mode: 'expire', ids: [], clientId: '' } as const
+  expect(formatEvent({ ...plain, event: 'tags-invalidated', tags: ['sale'] }, PLAIN)).toMatch(/ tag sale$/)
+  expect(formatEvent({ ...plain, event: 'tenant-invalidated' }, PLAIN)).toMatch(/ every item$/)
 })
 
 describe('metrics', () => {
@@ -259,12 +309,32 @@ describe('metrics', () => {
 
   test('a change is told as rates over the time between two snapshots', () => {
     const line = formatChange(snapshot(100n, 100n, 10_000), snapshot(190n, 110n, 20_000))
-    expect(line.trim().split(/\s{2,}/)).toEqual(['00:00:20', '10', '90.0 %', '1.0', '0', '0'])
+    expect(line.trim().split(/\s{2,}/)).toEqual([
+      '00:00:20',
+      '10',
+      '90.0 %',
+      '–',
+      '1.0',
+      '0',
+      '0',
+      '–',
+      'postgres half open',
+    ])
   })
 
   test('a restart in between counts from zero, never below', () => {
     const line = formatChange(snapshot(1000n, 1000n, 10_000), snapshot(20n, 0n, 14_000, 12_000))
-    expect(line.trim().split(/\s{2,}/)).toEqual(['00:00:14', '10', '100.0 %', '0', '0', '0'])
+    expect(line.trim().split(/\s{2,}/)).toEqual([
+      '00:00:14',
+      '10',
+      '100.0 %',
+      '–',
+      '0',
+      '0',
+      '0',
+      '–',
+      'postgres half open',
+    ])
   })
 
   test('no reads have no hit rate', () => {

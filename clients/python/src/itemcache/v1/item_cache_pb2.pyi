@@ -1375,9 +1375,15 @@ class GetMetricsRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    INCLUDE_BUCKETS_FIELD_NUMBER: builtins.int
+    include_buckets: builtins.bool
+    """include_buckets: latencies carry their buckets."""
     def __init__(
         self,
+        *,
+        include_buckets: builtins.bool = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["include_buckets", b"include_buckets"]) -> None: ...
 
 Global___GetMetricsRequest: typing_extensions.TypeAlias = GetMetricsRequest
 
@@ -1409,6 +1415,9 @@ class WatchMetricsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     INTERVAL_FIELD_NUMBER: builtins.int
+    INCLUDE_BUCKETS_FIELD_NUMBER: builtins.int
+    include_buckets: builtins.bool
+    """include_buckets: latencies carry their buckets."""
     @property
     def interval(self) -> google.protobuf.duration_pb2.Duration:
         """interval between two snapshots: 100 ms to 1 h. Unset: 1 s."""
@@ -1417,9 +1426,10 @@ class WatchMetricsRequest(google.protobuf.message.Message):
         self,
         *,
         interval: google.protobuf.duration_pb2.Duration | None = ...,
+        include_buckets: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["interval", b"interval"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["interval", b"interval"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["include_buckets", b"include_buckets", "interval", b"interval"]) -> None: ...
 
 Global___WatchMetricsRequest: typing_extensions.TypeAlias = WatchMetricsRequest
 
@@ -1615,6 +1625,7 @@ class Latency(google.protobuf.message.Message):
     P90_FIELD_NUMBER: builtins.int
     P99_FIELD_NUMBER: builtins.int
     MAX_FIELD_NUMBER: builtins.int
+    BUCKETS_FIELD_NUMBER: builtins.int
     count: builtins.int
     """count is the number of measurements."""
     @property
@@ -1633,6 +1644,13 @@ class Latency(google.protobuf.message.Message):
     def max(self) -> google.protobuf.duration_pb2.Duration:
         """max is the longest one."""
 
+    @property
+    def buckets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """buckets, when they were asked for: the difference of two snapshots tells the percentiles of the time in between. The
+        first counts durations up to 1 µs, the one with index i those up to 2^(i/4) µs that are in none before it, the one with
+        index 111 also all longer ones. Zeros at the end are left out.
+        """
+
     def __init__(
         self,
         *,
@@ -1641,9 +1659,10 @@ class Latency(google.protobuf.message.Message):
         p90: google.protobuf.duration_pb2.Duration | None = ...,
         p99: google.protobuf.duration_pb2.Duration | None = ...,
         max: google.protobuf.duration_pb2.Duration | None = ...,
+        buckets: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["max", b"max", "p50", b"p50", "p90", b"p90", "p99", b"p99"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["count", b"count", "max", b"max", "p50", b"p50", "p90", b"p90", "p99", b"p99"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["buckets", b"buckets", "count", b"count", "max", b"max", "p50", b"p50", "p90", b"p90", "p99", b"p99"]) -> None: ...
 
 Global___Latency: typing_extensions.TypeAlias = Latency
 
