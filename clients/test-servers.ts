@@ -7,7 +7,8 @@
  */
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
-import { connectSql, Instance } from '../test/consistency/servers.ts'
+import pg from 'pg'
+import { Instance } from '../test/consistency/servers.ts'
 import { Way } from '../test/consistency/way.ts'
 import { newAuthority, newToken, temporaryFiles, tokenLine } from '../test/support/credentials.ts'
 import { findPostgres, findRedis } from '../test/support/global-setup.ts'
@@ -19,16 +20,21 @@ const DATABASE = `itemcache_clients_${process.pid}`
 await using started = new AsyncDisposableStack()
 const directory = started.use(makeRunDirectory())
 const [postgres, redis] = await Promise.all([findPostgres(started, directory), findRedis(started, directory)])
-{
-  await using sql = await connectSql(postgres.url)
-  await sql.query(`CREATE DATABASE ${DATABASE}`)
-}
-started.defer(async () => {
-  await using sql = await connectSql(postgres.url)
-  await sql.query(`DROP DATABASE ${DATABASE} WITH (FORCE)`)
-})
+await administer(`CREATE DATABASE ${DATABASE}`)
+started.defer(() => administer(`DROP DATABASE ${DATABASE} WITH (FORCE)`))
 const databaseUrl = new URL(postgres.url)
 databaseUrl.pathname = `/${DATABASE}`
+
+/** Without a time limit: a busy machine takes its time. */
+async function administer(statement: string): Promise<void> {
+  const client = new pg.Client(postgres.url)
+  await client.connect()
+  try {
+    await client.query(statement)
+  } finally {
+    await client.end()
+  }
+}
 
 function instance(name: string, env: Readonly<Record<string, string>> = {}): Instance {
   const common = {
