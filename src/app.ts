@@ -15,6 +15,7 @@ import { startAuth } from './rpc/auth.ts'
 import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
+import { Unsent } from './rpc/unsent.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -60,7 +61,11 @@ export interface AppOptions {
 }
 
 /** What a database that is still starting looks like. */
-const STARTING: ReadonlySet<string> = new Set(['POSTGRES_UNAVAILABLE', 'POSTGRES_TIMEOUT'])
+const STARTING: ReadonlySet<string> = new Set([
+  'POSTGRES_UNAVAILABLE',
+  'POSTGRES_TIMEOUT',
+  'POSTGRES_LOCK_TIMEOUT',
+])
 /** How long a start waits for a PostgreSQL that does not answer yet. */
 const POSTGRES_PATIENCE_MS = 30_000
 /** The heartbeat and safety net of the tail: well within the 1.5 s that a view may go without news. */
@@ -72,11 +77,12 @@ const REDIS_PATIENCE_MS = 1_000
 /** Pipelines that are under way at once; each has a timeout. More are not sent: PostgreSQL is asked. */
 const MAX_REDIS_CALLS = 1_000
 /** How long a stop waits for loads and stores that no caller waits for any more: an origin may take its time. */
-const SETTLE_PATIENCE_MS = 1_000
+const SETTLE_PATIENCE_MS = 500
 const TRIM_STEP_ROWS = 1_000
 const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
 const HEALTH_INTERVAL_MS = 1_000
+const HEALTH_PATIENCE_MS = 2_000
 /** How often the files of TLS are looked at. */
 const TLS_INTERVAL_MS = 5_000
 
@@ -98,6 +104,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         maxConnections: pools.postgres,
         connectTimeoutMs: timeouts.postgresConnectMs,
         statementTimeoutMs: timeouts.postgresStatementMs,
+        maxWaiting: pools.postgresQueue,
         random,
         onConnectionError: (error) => log.warn({ err: error }, 'a PostgreSQL connection broke'),
       }),
@@ -161,7 +168,6 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         ...guard('redis'),
         maxCalls: MAX_REDIS_CALLS,
         slowMs: config.breaker.redisSlowMs,
-        now,
       }),
     )
   const store = started.use(
@@ -178,6 +184,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             new FakeStoreOrigin({
               url: servers.origin.url,
               timeoutMs: timeouts.originMs,
+              overallMs: 2 * timeouts.originMs,
               maxConcurrent: pools.originConcurrency,
               random,
             }),
@@ -202,7 +209,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     tail,
     source: postgres,
     metrics,
-    limits: config.subscriptions,
+    limits: { ...config.subscriptions, tenants: bounds.tenants },
   })
   await tail.start()
   started.use(keepTrimmed(postgres, config.retention, log))
@@ -211,6 +218,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   metrics.tiers.postgres.breaker = () => store.state
   metrics.tiers.origin.breaker = () => origin?.state
 
+  const rateLimit =
+    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
   const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
@@ -231,6 +240,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
   const writer = new Writer({ reader, postgres: store, origin, tail })
 
+  let draining = false
   let postgresAnswers = true
   const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
   const admin =
@@ -240,8 +250,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         ...config.admin,
         metrics: prometheusText(metrics, config.version),
         ready: async () => ({
-          ready: isServing(),
+          ready: isServing() && !draining,
           detail: {
+            draining,
             memory: { entries: memory.stats().entries },
             redis: connected?.state ?? 'off',
             postgres: postgresAnswers ? 'ready' : 'down',
@@ -252,20 +263,40 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
-  const rateLimit =
-    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
+  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
       grpc: config.grpc,
       reflection: config.reflection,
       tls,
-      frame: { log, metrics, auth, rateLimit, now, maxDeadlineMs: timeouts.maxDeadlineMs },
+      frame: {
+        log,
+        metrics,
+        auth,
+        rateLimit,
+        now,
+        maxDeadlineMs: timeouts.maxDeadlineMs,
+        maxCalls: config.grpc.maxCalls,
+        unsent,
+      },
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
+  metrics.held = () => ({
+    unsent_bytes: unsent.bytes,
+    health_names: grpc.watchedNames(),
+    ...reader.held(),
+    ...tail.held(),
+    ...subscriptions.held(),
+    tenant_locks: memory.stats().tenantsInUse,
+    waiting_reads: postgres.stats.connections.read.waiting,
+    waiting_writes: postgres.stats.connections.write.waiting,
+    rate_limit_tenants: rateLimit?.tenants ?? 0,
+  })
   started.defer(async () => {
     log.info('draining')
+    draining = true
     await grpc.drain(timeouts.drainMs)
   })
   started.use(
@@ -417,7 +448,7 @@ function watchPostgres(postgres: PostgresTier, tell: (answers: boolean) => void)
     if (asking) return
     asking = true
     postgres
-      .ping()
+      .ping(AbortSignal.timeout(HEALTH_PATIENCE_MS))
       .then(
         () => tell(true),
         () => tell(false),

@@ -129,7 +129,14 @@ export interface Config {
   readonly grpc: {
     readonly maxMessageBytes: number
     readonly maxConcurrentStreams: number
+    /** On all connections together. */
+    readonly maxCalls: number
+    /** On all connections together. */
+    readonly maxAnswerMemoryBytes: number
     readonly maxSessionMemoryBytes: number
+    /** Of all connections together. */
+    readonly maxRequestMemoryBytes: number
+    readonly maxConnections: number
     readonly maxConnectionIdleMs: number
     readonly maxConnectionAgeMs: number
     readonly maxConnectionAgeGraceMs: number
@@ -664,7 +671,7 @@ const TABLE = {
   postgresStatementTimeout: {
     name: 'ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT',
     group: WAITS,
-    default: '5s',
+    default: '3s',
     description: 'For a statement in PostgreSQL.',
     parse: duration(1),
   },
@@ -693,8 +700,8 @@ const TABLE = {
   originTimeout: {
     name: 'ITEMCACHE_ORIGIN_TIMEOUT',
     group: WAITS,
-    default: '5s',
-    description: 'For an answer of the catalogue.',
+    default: '3s',
+    description: 'For an answer of the catalogue; an item that needs several attempts gets twice as long.',
     parse: duration(1),
   },
   maxDeadline: {
@@ -754,12 +761,43 @@ const TABLE = {
     description: 'Most calls at once on one connection.',
     parse: count(1, 1_000_000),
   },
+  maxCalls: {
+    name: 'ITEMCACHE_MAX_CALLS',
+    group: LIMITS,
+    default: '50000',
+    description: 'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED.',
+    parse: count(1, 10_000_000),
+  },
+  maxAnswerMemory: {
+    name: 'ITEMCACHE_MAX_ANSWER_MEMORY',
+    group: LIMITS,
+    default: '256MiB',
+    description:
+      'Most memory that answers may take which callers have not taken yet, on all connections; one more is RESOURCE_EXHAUSTED.',
+    parse: size(MIB, 64 * GIB),
+  },
   maxSessionMemory: {
     name: 'ITEMCACHE_MAX_SESSION_MEMORY',
     group: LIMITS,
     default: '64MiB',
-    description: 'Most memory that HTTP/2 may take for one connection.',
+    description:
+      'Most memory that HTTP/2 may take for one connection, and again the requests that are being received on it.',
     parse: size(MIB, 4 * GIB),
+  },
+  maxRequestMemory: {
+    name: 'ITEMCACHE_MAX_REQUEST_MEMORY',
+    group: LIMITS,
+    default: '256MiB',
+    description:
+      'Most memory that requests which are being received may take, of all connections together, compressed ones as what they may become; one more is RESOURCE_EXHAUSTED.',
+    parse: size(MIB, 64 * GIB),
+  },
+  maxConnections: {
+    name: 'ITEMCACHE_MAX_CONNECTIONS',
+    group: LIMITS,
+    default: '10000',
+    description: 'Most connections of callers at once; one more is closed.',
+    parse: count(1, 1_000_000),
   },
   maxConnectionIdle: {
     name: 'ITEMCACHE_MAX_CONNECTION_IDLE',
@@ -979,7 +1017,11 @@ function build(values: Values, cwd: string): Config {
     grpc: {
       maxMessageBytes: values.maxMessageBytes,
       maxConcurrentStreams: values.maxConcurrentStreams,
+      maxCalls: values.maxCalls,
+      maxAnswerMemoryBytes: values.maxAnswerMemory,
       maxSessionMemoryBytes: values.maxSessionMemory,
+      maxRequestMemoryBytes: values.maxRequestMemory,
+      maxConnections: values.maxConnections,
       maxConnectionIdleMs: values.maxConnectionIdle,
       maxConnectionAgeMs: values.maxConnectionAge,
       maxConnectionAgeGraceMs: values.maxConnectionAgeGrace,

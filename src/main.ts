@@ -1,4 +1,5 @@
 /** The process: environment in, banner out, signals to a drain. */
+import { constants } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { banner, startApp } from './app.ts'
@@ -9,9 +10,16 @@ import { createLogger } from './observe/log.ts'
 
 const EXIT_FAILED = 1
 const EXIT_USAGE = 2
+/** A process that is ended by a signal has this code and the signal's number. */
+const EXIT_BY_SIGNAL = 128
 
-/** After the first signal, another one within this time is the same key press that came by two ways. */
-const SAME_SIGNAL_MS = 500
+/**
+ * Under npm, which passes signals on, another one within this time after the first is the same key press that came by
+ * two ways.
+ */
+const SAME_SIGNAL_MS = process.env['npm_lifecycle_event'] === undefined ? 0 : 500
+/** What a stop may take besides the drain. What has not ended by then is left behind. */
+const STOP_PATIENCE_MS = 1500
 
 async function main(): Promise<void> {
   const wanted = readArguments()
@@ -26,8 +34,8 @@ async function main(): Promise<void> {
     if (stoppedAtMs === undefined) {
       stoppedAtMs = performance.now()
       stop.resolve(signal)
-    } else if (performance.now() - stoppedAtMs > SAME_SIGNAL_MS) {
-      process.exit(EXIT_FAILED)
+    } else if (performance.now() - stoppedAtMs >= SAME_SIGNAL_MS) {
+      process.exit(EXIT_BY_SIGNAL + constants.signals[signal])
     }
   }
   let reload = config.auth.kind === 'none' && config.tls === undefined ? undefined : () => {}
@@ -46,6 +54,10 @@ async function main(): Promise<void> {
   void stop.promise.then((signal) => {
     log.info({ signal }, 'stopping')
     stopping.abort()
+    setTimeout(() => {
+      log.fatal('the stop took too long: what is left is cut off')
+      process.exit(EXIT_FAILED)
+    }, config.timeouts.drainMs + STOP_PATIENCE_MS).unref()
   })
   await using app = await startApp(config, {
     log,

@@ -325,7 +325,13 @@ async function run(bin: string, { root, data, logFile, user }: Place, sockets: s
     data,
     ...Object.entries(settings).flatMap(([name, value]) => ['-c', `${name}=${value}`]),
   ]
-  const options = { cwd: root, env: ENVIRONMENT, logFile, ...(user && { user }) }
+  const options = {
+    cwd: root,
+    env: ENVIRONMENT,
+    logFile,
+    stopSignal: 'SIGINT',
+    ...(user && { user }),
+  } as const
   for (let attempt = 1; ; attempt++) {
     const server = await startServer(join(bin, 'postgres'), args, options)
     const ready = () => readPidFile(data).ready && readPidFile(data).pid === server.id.pid

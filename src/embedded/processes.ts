@@ -238,6 +238,20 @@ export interface Server {
   readonly ended: () => boolean
 }
 
+/** Servers that run, and the signal that stops each. */
+const servers = new Map<ProcessId, NodeJS.Signals>()
+
+// Whatever ends this process in a hurry, its servers end on their own.
+process.on('exit', () => {
+  for (const [id, signal] of servers) {
+    try {
+      if (isAlive(id)) process.kill(id.pid, signal)
+    } catch {
+      // It has ended meanwhile.
+    }
+  }
+})
+
 /** Starts a server whose output goes to `logFile`; the log of the run before is kept as `logFile`.1. */
 export async function startServer(
   file: string,
@@ -246,22 +260,27 @@ export async function startServer(
     readonly cwd: string
     readonly env: NodeJS.ProcessEnv
     readonly logFile: string
+    /** Stops it in an orderly way. It is sent when this process exits first. */
+    readonly stopSignal: NodeJS.Signals
     readonly user?: User
   },
 ): Promise<Server> {
-  const { cwd, env, logFile, user } = options
+  const { cwd, env, logFile, stopSignal, user } = options
   if (existsSync(logFile)) renameSync(logFile, `${logFile}.1`)
   const log = openSync(logFile, 'w', 0o600)
   try {
     const child = spawn(file, args, { cwd, env, ...user, detached: true, stdio: ['ignore', log, log] })
     let ended = false
+    let id: ProcessId = { pid: child.pid ?? 0, startTime: '' }
     child.once('exit', () => {
       ended = true
+      servers.delete(id)
     })
     await new Promise<void>((done, failed) => child.once('spawn', done).once('error', failed))
     child.unref()
-    const pid = child.pid ?? 0
-    return { id: findProcess(pid) ?? { pid, startTime: '' }, ended: () => ended }
+    id = findProcess(id.pid) ?? id
+    if (!ended) servers.set(id, stopSignal)
+    return { id, ended: () => ended }
   } finally {
     closeSync(log)
   }

@@ -260,7 +260,7 @@ async function run({ file, env }: RedisProgram, home: string, socket: string): P
   const logFile = join(home, 'server.log')
   for (let attempt = 1; ; attempt++) {
     // It keeps its data in the working directory.
-    const server = await startServer(file, ['redis.conf'], { cwd: home, env, logFile })
+    const server = await startServer(file, ['redis.conf'], { cwd: home, env, logFile, stopSignal: 'SIGTERM' })
     writeProcessFile(join(home, 'process'), server.id)
     const answers = async () => server.ended() || (await ping(socket))
     if ((await until(answers, 30_000)) && !server.ended()) return server

@@ -54,7 +54,12 @@ export type WatchMessage =
 export interface SubscriptionLimits {
   readonly watchersPerTenant: number
   readonly watchersPerConnection: number
-  /** Most rows that a ring holds, and about how many bytes. There is one ring for each tenant with watchers. */
+  /** Most tenants with watchers. */
+  readonly tenants: number
+  /**
+   * Most rows that a ring holds, and about how many bytes. There is one ring for each tenant with watchers, and all of
+   * them together hold at most `RINGS_IN_ALL` times as many bytes.
+   */
   readonly ringRows: number
   readonly ringBytes: number
 }
@@ -66,8 +71,10 @@ const BATCH_BYTES = 128 * 1024
 const HISTORY = { rows: 200, names: 20_000 }
 /** Before a heartbeat is tried again that could not be given. */
 const MIN_PAUSE_MS = 50
-/** Batches whose array is remembered for other watchers at the same cursor. */
+/** Batches whose array is remembered for other watchers at the same cursor; together no larger than the ring. */
 const SHARED_BATCHES = 16
+/** All rings together may be as large as so many that are full. */
+const RINGS_IN_ALL = 10
 
 /** The newest rows of a tenant, without a hole. */
 class Ring {
@@ -78,6 +85,7 @@ class Ring {
   readonly #maxRows: number
   readonly #maxBytes: number
   readonly #batches = new Map<Revision, readonly LogEntry[]>()
+  #batchBytes = 0
 
   constructor(base: Revision, { ringRows, ringBytes }: SubscriptionLimits) {
     this.base = base
@@ -85,13 +93,35 @@ class Ring {
     this.#maxBytes = ringBytes
   }
 
+  get rows(): number {
+    return this.#rows.length
+  }
+
+  get bytes(): number {
+    return this.#bytes
+  }
+
+  /** Of the batches that are remembered. */
+  get batchBytes(): number {
+    return this.#batchBytes
+  }
+
   push(row: LogEntry): void {
     this.#rows.push(row)
     this.#bytes += sizeOf(row)
     if (this.#rows.length <= this.#maxRows && this.#bytes <= this.#maxBytes) return
     // Dropping a half at a time costs each row once.
+    this.#shrink(this.#maxRows / 2, this.#maxBytes / 2)
+  }
+
+  /** Drops the older half. */
+  halve(): void {
+    this.#shrink(this.#rows.length / 2, this.#bytes / 2)
+  }
+
+  #shrink(maxRows: number, maxBytes: number): void {
     let dropped = 0
-    while (2 * (this.#rows.length - dropped) > this.#maxRows || 2 * this.#bytes > this.#maxBytes) {
+    while (this.#rows.length - dropped > maxRows || this.#bytes > maxBytes) {
       const row = this.#rows[dropped]
       if (row === undefined) break
       this.#bytes -= sizeOf(row)
@@ -99,12 +129,13 @@ class Ring {
       dropped++
     }
     this.#rows.splice(0, dropped)
+    this.#forgetBatches()
   }
 
   reset(base: Revision): void {
     this.#rows.length = 0
     this.#bytes = 0
-    this.#batches.clear()
+    this.#forgetBatches()
     this.base = base
   }
 
@@ -115,11 +146,19 @@ class Ring {
     const batch = firstBatch(this.#rows, cursor - this.base)
     if (batch.length === 0) return batch
     this.#batches.set(cursor, batch)
-    if (this.#batches.size > SHARED_BATCHES) {
-      const [oldest] = this.#batches.keys()
-      if (oldest !== undefined) this.#batches.delete(oldest)
+    for (const row of batch) this.#batchBytes += sizeOf(row)
+    while (this.#batches.size > SHARED_BATCHES || this.#batchBytes > this.#bytes) {
+      const [oldest] = this.#batches
+      if (oldest === undefined) break
+      for (const row of oldest[1]) this.#batchBytes -= sizeOf(row)
+      this.#batches.delete(oldest[0])
     }
     return batch
+  }
+
+  #forgetBatches(): void {
+    this.#batches.clear()
+    this.#batchBytes = 0
   }
 }
 
@@ -158,6 +197,8 @@ export class Subscriptions implements Follower {
   readonly #limits: SubscriptionLimits
   readonly #tenants = new Map<string, Watched>()
   readonly #connections = new Map<string, number>()
+  /** Of all rings together. */
+  #ringBytes = 0
   /** Watchers that fell behind take turns, so that the tail need not wait for them. */
   readonly #history = new Semaphore(1)
 
@@ -169,18 +210,58 @@ export class Subscriptions implements Follower {
     this.#tail.follow(this)
   }
 
+  /** How much of what can grow there is now. */
+  held(): {
+    readonly rings: number
+    readonly ring_rows: number
+    readonly ring_bytes: number
+    readonly batch_bytes: number
+    readonly watching_connections: number
+  } {
+    let [rows, batchBytes] = [0, 0]
+    for (const { ring } of this.#tenants.values()) {
+      rows += ring.rows
+      batchBytes += ring.batchBytes
+    }
+    return {
+      rings: this.#tenants.size,
+      ring_rows: rows,
+      ring_bytes: this.#ringBytes,
+      batch_bytes: batchBytes,
+      watching_connections: this.#connections.size,
+    }
+  }
+
   applied(tenant: string, row: LogEntry): void {
     const watched = this.#tenants.get(tenant)
     if (watched === undefined) return
+    const before = watched.ring.bytes
     watched.ring.push(row)
+    this.#ringBytes += watched.ring.bytes - before
+    this.#boundRings()
     this.#wake(watched)
   }
 
   jumped(tenant: string, through: Revision): void {
     const watched = this.#tenants.get(tenant)
     if (watched === undefined) return
+    this.#ringBytes -= watched.ring.bytes
     watched.ring.reset(through)
     this.#wake(watched)
+  }
+
+  /** The largest rings give way: their watchers who are far behind are then served from PostgreSQL. */
+  #boundRings(): void {
+    while (this.#ringBytes > RINGS_IN_ALL * this.#limits.ringBytes) {
+      let largest: Ring | undefined
+      for (const { ring } of this.#tenants.values()) {
+        if (largest === undefined || ring.bytes > largest.bytes) largest = ring
+      }
+      if (largest === undefined || largest.bytes === 0) return
+      const before = largest.bytes
+      largest.halve()
+      this.#ringBytes -= before - largest.bytes
+    }
   }
 
   needs(tenant: string): boolean {
@@ -316,7 +397,8 @@ export class Subscriptions implements Follower {
       sleeping: new Set(),
     }
     const onConnection = this.#connections.get(connection) ?? 0
-    if (watched.watchers >= watchersPerTenant || onConnection >= watchersPerConnection) {
+    const tooManyTenants = watched.watchers === 0 && this.#tenants.size >= this.#limits.tenants
+    if (watched.watchers >= watchersPerTenant || onConnection >= watchersPerConnection || tooManyTenants) {
       throw new ItemCacheError('exhausted', 'too many invalidation streams are open', {
         reason: 'TOO_MANY_WATCHERS',
         retryAfterMs: 5000,
@@ -331,7 +413,10 @@ export class Subscriptions implements Follower {
 
   #leave(tenant: string, connection: string, watched: Watched): void {
     watched.watchers--
-    if (watched.watchers === 0) this.#tenants.delete(tenant)
+    if (watched.watchers === 0) {
+      this.#tenants.delete(tenant)
+      this.#ringBytes -= watched.ring.bytes
+    }
     const onConnection = (this.#connections.get(connection) ?? 1) - 1
     if (onConnection === 0) this.#connections.delete(connection)
     else this.#connections.set(connection, onConnection)

@@ -122,6 +122,16 @@ export class Tail implements AsyncDisposable {
     this.#followers.push(follower)
   }
 
+  /** How much of what can grow there is now. */
+  held(): { readonly tenants: number; readonly floors: number; readonly waiters: number } {
+    let [floors, waiters] = [0, 0]
+    for (const { view, waiting } of this.#tenants.values()) {
+      floors += view.floors
+      waiters += waiting.size
+    }
+    return { tenants: this.#tenants.size, floors, waiters }
+  }
+
   /** The tail's clock, which `View.hasHeard` wants. */
   now(): number {
     return this.#options.now()
@@ -231,7 +241,10 @@ export class Tail implements AsyncDisposable {
     }
   }
 
-  /** Floors of many tenants together are bounded, too: those of the views that were used longest ago go first. */
+  /**
+   * Floors of many tenants together are bounded, too: those of the views that were used longest ago go first. A view that
+   * is needed stays, and forgets its floors.
+   */
   #boundFloors(): void {
     let floors = 0
     for (const { view } of this.#tenants.values()) floors += view.floors
@@ -242,6 +255,11 @@ export class Tail implements AsyncDisposable {
       if (!active || waiting.size > 0 || this.#isNeeded(tenant)) continue
       this.#tenants.delete(tenant)
       floors -= view.floors
+    }
+    for (const { view } of [...this.#tenants.values()].sort((a, b) => b.view.floors - a.view.floors)) {
+      if (floors <= this.#options.maxTotalFloors) return
+      floors -= view.floors
+      view.forget()
     }
   }
 

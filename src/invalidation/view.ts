@@ -104,6 +104,14 @@ class Floors {
     return this.#byName.get(name)
   }
 
+  values(): Iterable<Floor> {
+    return this.#byName.values()
+  }
+
+  clear(): void {
+    this.#byName.clear()
+  }
+
   /** Raises a floor, and returns the marks of the one that is forgotten for it. */
   raise(name: string, mark: Mark, revision: number): Floor | undefined {
     const floor = this.#byName.get(name) ?? newFloor()
@@ -249,6 +257,14 @@ export class View {
     this.#raiseFloors(row)
   }
 
+  /** Forgetting, of all floors at once: nothing that is older than the newest of them is current. */
+  forget(): void {
+    for (const floors of [this.#keys, this.#tags]) {
+      for (const floor of floors.values()) this.#raiseTenantTo(floor)
+      floors.clear()
+    }
+  }
+
   /** What applies to an item now, for people: the highest mark of each floor. */
   describe(id: string, tags: readonly string[]) {
     const key = this.#keys.get(id) ?? newFloor()
@@ -297,7 +313,10 @@ export class View {
 
   #raise(floors: Floors, name: string, mark: Mark, revision: number): void {
     const forgotten = floors.raise(name, mark, revision)
-    if (forgotten === undefined) return
+    if (forgotten !== undefined) this.#raiseTenantTo(forgotten)
+  }
+
+  #raiseTenantTo(forgotten: Floor): void {
     this.#tenant.changed = Math.max(this.#tenant.changed, top(forgotten))
     this.#tenant.removed = Math.max(this.#tenant.removed, forgotten.removed)
   }

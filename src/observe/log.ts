@@ -14,7 +14,13 @@ export interface LogOptions {
   readonly version: string
   /** Default: stderr, written before the logging call returns, for stdout belongs to the start banner. */
   readonly destination?: DestinationStream
+  /** Milliseconds of a monotonic clock. Default: `performance.now`. */
+  readonly now?: () => number
 }
+
+/** Lines at info and above: so many at once, and so many a second in the long run. What is fatal is always logged. */
+const LINES = { burst: 1000, perSecond: 100 }
+const [INFO, FATAL] = [30, 60]
 
 const MAX_TEXT = 256
 const MAX_STACK = 4096
@@ -38,7 +44,15 @@ const CALLERS_FIELDS = [
 ]
 
 /** A logger whose lines carry `level` by name, `time` (ISO 8601), `service`, `version` and `pid`. */
-export function createLogger({ level, version, destination }: LogOptions): Logger {
+export function createLogger({
+  level,
+  version,
+  destination,
+  now = () => performance.now(),
+}: LogOptions): Logger {
+  let left = LINES.burst
+  let atMs = now()
+  let leftOut = 0
   const callers = Object.fromEntries(
     CALLERS_FIELDS.map((field) => [field, (value: unknown) => presentable(value)]),
   )
@@ -47,6 +61,24 @@ export function createLogger({ level, version, destination }: LogOptions): Logge
       level,
       base: { service: 'itemcache', version, pid: process.pid },
       timestamp: pino.stdTimeFunctions.isoTime,
+      hooks: {
+        // A fault that every call meets must not fill the disk.
+        logMethod(line, method, lineLevel) {
+          if (lineLevel >= INFO && lineLevel < FATAL) {
+            const nowMs = now()
+            left = Math.min(LINES.burst, left + ((nowMs - atMs) * LINES.perSecond) / 1000)
+            atMs = nowMs
+            if (left < 1) {
+              leftOut++
+              return
+            }
+            left--
+            if (leftOut > 0) method.call(this, { lines: leftOut }, 'lines of the log were left out')
+            leftOut = 0
+          }
+          method.apply(this, line)
+        },
+      },
       redact: { paths: SECRET_KEYS, censor: HIDDEN },
       serializers: {
         ...callers,

@@ -325,6 +325,12 @@ export class Metrics {
   readonly invalidationLag = new LatencyHistogram()
   /** Invalidation streams that are open now. */
   subscribers = 0
+  /** Calls that are open now, streams included. */
+  openCalls = 0
+  /** Unary calls of which a part of the answer has not left, or that have only begun. */
+  openAnswers = 0
+  /** How many there are now of what can grow; docs/limits.md has the bounds. Set by whoever constructs the service. */
+  held: () => Readonly<Record<string, number>> = () => ({})
   gapsSent = 0
 
   readonly #rpcs = new Map<string, RpcMetrics>()

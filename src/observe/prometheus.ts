@@ -196,6 +196,11 @@ export function prometheusText(metrics: Metrics, version: string): Exposition {
     [],
     total(() => metrics.subscribers),
   )
+  gauge('itemcache_held', 'How many there are now of what can grow: docs/limits.md.', ['what'], () =>
+    Object.entries({ calls: metrics.openCalls, open_answers: metrics.openAnswers, ...metrics.held() }).map(
+      ([what, value]): Sample => [{ what }, value],
+    ),
+  )
   counter(
     'itemcache_gaps_sent_total',
     'Gaps sent to subscribers.',

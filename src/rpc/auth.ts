@@ -50,6 +50,9 @@ const NEEDED: ReadonlyMap<string, Role> = new Map(
   } satisfies Record<string, Role>).map(([name, role]) => [`${ItemCacheService.typeName}/${name}`, role]),
 )
 
+/** Whether the method changes items. */
+export const isWrite = (method: string): boolean => NEEDED.get(method) === 'writer'
+
 /** Throws `forbidden` unless the role may call the method (`itemcache.v1.ItemCacheService/GetItem`). */
 export function authorize(method: string, { role }: Identity): void {
   const needed = NEEDED.get(method)
@@ -65,6 +68,8 @@ export interface AuthOptions {
   readonly log: Logger
   /** Milliseconds since 1970. Default `Date.now`. */
   readonly wallNow?: () => number
+  /** Most JSON Web Tokens that are remembered as verified. Default 10,000. */
+  readonly maxVerified?: number
 }
 
 /** Throws `invalid`, with a sentence for the operator, when a file cannot be used. */
@@ -249,12 +254,17 @@ class JwtAuthenticator implements Authenticator {
   readonly #scheme: AuthScheme & { kind: 'jwt' }
   readonly #log: Logger
   readonly #wallNow: () => number
+  readonly #maxVerified: number
   #keys: JWTVerifyGetKey
   /** By the SHA-256 of the token, the oldest first. */
   readonly #verified = new Map<string, { readonly identity: Identity; readonly untilMs: number }>()
 
-  constructor(scheme: AuthScheme & { kind: 'jwt' }, { log, wallNow = Date.now }: AuthOptions) {
+  constructor(
+    scheme: AuthScheme & { kind: 'jwt' },
+    { log, wallNow = Date.now, maxVerified = MAX_VERIFIED }: AuthOptions,
+  ) {
     this.#scheme = scheme
+    this.#maxVerified = maxVerified
     this.#log = log
     this.#wallNow = wallNow
     this.#keys = keysOf(scheme)
@@ -318,7 +328,7 @@ class JwtAuthenticator implements Authenticator {
   #remember(key: string, identity: Identity, nowMs: number): void {
     this.#verified.delete(key)
     this.#verified.set(key, { identity, untilMs: Math.min(identity.expiresAtMs, nowMs + VERIFIED_FOR_MS) })
-    if (this.#verified.size <= MAX_VERIFIED) return
+    if (this.#verified.size <= this.#maxVerified) return
     for (const oldest of this.#verified.keys()) {
       this.#verified.delete(oldest)
       break

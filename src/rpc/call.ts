@@ -15,11 +15,12 @@ import { ItemCacheError } from '../errors.ts'
 import type { CacheStatus } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
-import { type Authenticator, authorize, single, whenCredentialEnds } from './auth.ts'
+import { type Authenticator, authorize, isWrite, single, whenCredentialEnds } from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
+import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -32,6 +33,9 @@ export interface CallFrame {
   readonly now: () => number
   /** Longest time that a unary call may take, whatever its deadline says. */
   readonly maxDeadlineMs: number
+  /** Most calls that are open at once, streams included; and most that are answered, of which the callers lack a part. */
+  readonly maxCalls: number
+  readonly unsent: Unsent
   /** Aborts when the server begins to drain. */
   readonly draining: AbortSignal
   /** Aborts a moment later: messages of streams that have not left by then are given up. */
@@ -124,6 +128,13 @@ function whyGone(call: AnyCall): ItemCacheError {
 
 /** Decides who calls and whether they may, before anything of the request is looked at. At once, or later for a JWT. */
 export function admitted(frame: CallFrame, method: string, call: AnyCall): Identity | Promise<Identity> {
+  const { openCalls, openAnswers } = frame.metrics
+  if (openCalls > frame.maxCalls || openAnswers > frame.maxCalls) {
+    throw new ItemCacheError('exhausted', 'too many calls are open on this instance', {
+      reason: 'TOO_MANY_CALLS',
+      retryAfterMs: 1000,
+    })
+  }
   const admit = (identity: Identity): Identity => {
     authorize(method, identity)
     frame.rateLimit?.take(identity.tenant)
@@ -146,18 +157,25 @@ export function unary<Request>(
   handler: UnaryHandler<Request>,
 ): handleUnaryCall<Request | Malformed, Reply> {
   const rpc = frame.metrics.rpc(method)
+  const writes = isWrite(method)
   return (call, callback) => {
     const account = new Account(frame, rpc, method)
     let context: CallContext | undefined
+    const send = (reply: Reply) => {
+      const weight = weightOf(reply)
+      // What has been written is acknowledged in any case.
+      if (writes || frame.unsent.hasRoomFor(weight)) {
+        frame.unsent.addUntilClosed(weight, call)
+        account.reply(context, callback, reply)
+      } else account.refuse(context, callback, tooMuchUnsent())
+    }
     const answer = ({ tenant }: Identity) => {
+      if (writes && !frame.unsent.hasRoomFor(1)) throw tooMuchUnsent()
       context = new CallContext(call, tenant, frame.maxDeadlineMs)
       const reply = handler(wellFormed(call.request), context)
       if (reply instanceof Promise) {
-        reply.then(
-          (late) => account.reply(context, callback, late),
-          (error: unknown) => account.refuse(context, callback, error),
-        )
-      } else account.reply(context, callback, reply)
+        reply.then(send, (error: unknown) => account.refuse(context, callback, error))
+      } else send(reply)
     }
     try {
       const identity = admitted(frame, method, call)
@@ -205,7 +223,14 @@ export function serverStream<Request>(
         const signals = { gone: gone.signal, draining: frame.draining }
         const signal = AbortSignal.any([gone.signal, frame.hurrying])
         for await (const reply of handler(request, context, signals)) {
-          await flushed(call, reply, signal)
+          const weight = weightOf(reply)
+          if (!frame.unsent.hasRoomFor(weight)) throw tooMuchUnsent()
+          frame.unsent.add(weight)
+          try {
+            await flushed(call, reply, signal)
+          } finally {
+            frame.unsent.release(weight)
+          }
         }
         gone.signal.throwIfAborted()
         account.finish(context, status.OK)
@@ -267,6 +292,7 @@ export function lookUpStream<Request>(
     let context: CallContext | undefined
     let loading = 0
     let unsent = 0
+    let unsentBytes = 0
     let full = false
     let ending: 'half-closed' | 'draining' | undefined
     let over = false
@@ -274,6 +300,7 @@ export function lookUpStream<Request>(
 
     const finish = () => {
       over = true
+      frame.unsent.release(unsentBytes)
       frame.draining.removeEventListener('abort', drain)
       forgetCredential?.()
     }
@@ -301,9 +328,16 @@ export function lookUpStream<Request>(
     }
     const answer = (reply: Reply) => {
       if (over) return
+      const weight = weightOf(reply)
+      if (!frame.unsent.hasRoomFor(weight)) return fail(tooMuchUnsent())
+      frame.unsent.add(weight)
+      unsentBytes += weight
       unsent++
       full = !call.write(reply, () => {
         unsent--
+        if (over) return
+        unsentBytes -= weight
+        frame.unsent.release(weight)
         endIfDone()
       })
       if (full) call.pause()
@@ -416,6 +450,7 @@ class Account {
     this.#method = method
     this.#startedMs = frame.now()
     rpc.started++
+    frame.metrics.openCalls++
   }
 
   reply(context: CallContext | undefined, callback: sendUnaryData<Reply>, reply: Reply): void {
@@ -440,6 +475,7 @@ class Account {
     context?.end()
     const durationMs = this.#frame.now() - this.#startedMs
     this.#rpc.finish(codeName(code), durationMs)
+    this.#frame.metrics.openCalls--
     if (!this.#frame.log.isLevelEnabled('debug')) return
     this.#frame.log.debug(
       {

@@ -400,7 +400,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     WatchInvalidations: serverStream(
       frame,
       methodName('WatchInvalidations'),
-      watchInvalidations(subscriptions, reader),
+      watchInvalidations(subscriptions, reader, frame.unsent.maxBytes / 4),
     ),
   }
 }

@@ -1,9 +1,9 @@
 /** The gRPC server: the service, health and reflection on one address. */
-import type { Http2Server, IncomingHttpHeaders } from 'node:http2'
+import type { Http2Server } from 'node:http2'
 import { promisify } from 'node:util'
 import { type DescFile, toBinary } from '@bufbuild/protobuf'
 import { FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
-import { Server, ServerCredentials } from '@grpc/grpc-js'
+import { Server, ServerCredentials, setLogger } from '@grpc/grpc-js'
 import { ReflectionService } from '@grpc/reflection'
 import { HealthImplementation } from 'grpc-health-check'
 import type { Config, HostPort } from '../config.ts'
@@ -11,9 +11,10 @@ import { ItemCacheError } from '../errors.ts'
 import { file_google_rpc_error_details } from '../gen/google/rpc/error_details_pb.ts'
 import { file_health_v1_health } from '../gen/health/v1/health_pb.ts'
 import { file_itemcache_v1_item_cache, ItemCacheService } from '../gen/itemcache/v1/item_cache_pb.ts'
-import type { Metrics } from '../observe/metrics.ts'
+import type { Logger } from '../observe/log.ts'
 import type { CallFrame } from './call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
+import { Intake, type MethodKind } from './intake.ts'
 import { grpcDefinition } from './service-definition.ts'
 import type { TlsCredentials } from './tls.ts'
 
@@ -36,6 +37,8 @@ export interface GrpcServerOptions {
 export interface GrpcServer {
   /** With the port that was really bound. */
   readonly address: HostPort
+  /** Names whose health somebody has watched. */
+  watchedNames(): number
   /** Answers of `grpc.health.v1`, for the whole server and for the service. */
   setServing(serving: boolean): void
   /**
@@ -51,7 +54,19 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   const draining = new AbortController()
   const hurrying = new AbortController()
   const frame: CallFrame = { ...options.frame, draining: draining.signal, hurrying: hurrying.signal }
+  quiet(frame.log)
+  const intake = new Intake({
+    kindOf: (path) => grpcJs.handlers.get(path)?.type,
+    maxDeadlineMs: frame.maxDeadlineMs,
+    maxConnectionBytes: grpc.maxSessionMemoryBytes,
+    maxBytes: grpc.maxRequestMemoryBytes,
+    maxMessageBytes: grpc.maxMessageBytes,
+    log: frame.log,
+    metrics: frame.metrics,
+    now: frame.now,
+  })
   const server = new Server({
+    interceptors: [intake.interceptor],
     'grpc.max_receive_message_length': grpc.maxMessageBytes,
     'grpc.max_concurrent_streams': grpc.maxConcurrentStreams,
     'grpc-node.max_session_memory': Math.ceil(grpc.maxSessionMemoryBytes / 1e6),
@@ -61,9 +76,17 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     'grpc.keepalive_time_ms': grpc.keepaliveTimeMs,
     'grpc.keepalive_timeout_ms': grpc.keepaliveTimeoutMs,
   })
-  showRepeatedCredentials(server)
+  const grpcJs = server as unknown as Insides
+  const create = grpcJs.createHttp2Server.bind(server)
+  grpcJs.createHttp2Server = (...args) => {
+    const http2 = create(...args)
+    http2.maxConnections = grpc.maxConnections
+    intake.guard(http2)
+    return http2
+  }
   server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
+  const watchedNames = forgetStrangers(health)
   health.addToServer(server)
   if (reflection) new ReflectionService(describedFiles()).addToServer(server)
 
@@ -78,12 +101,17 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       cause: error,
     })
   }
+  let told = 'SERVING'
   const setServing = (serving: boolean) => {
     const status = serving && !draining.signal.aborted ? 'SERVING' : 'NOT_SERVING'
+    // Every watcher would be sent it again.
+    if (status === told) return
+    told = status
     for (const name of ['', ItemCacheService.typeName]) health.setStatus(name, status)
   }
   return {
     address: { host: listen.host, port },
+    watchedNames,
     setServing,
     async drain(timeoutMs) {
       setServing(false)
@@ -100,50 +128,57 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
         resolve()
       }
       const timer = setTimeout(cut, timeoutMs)
-      // Streams of others (somebody who watches our health) would keep the server up when all calls have ended.
+      // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all calls have ended.
       const idle = setInterval(() => {
-        if (openCalls(frame.metrics) === 0) setTimeout(cut, LAST_WORDS_MS)
+        if (frame.metrics.openCalls === 0 && frame.metrics.openAnswers === 0) setTimeout(cut, LAST_WORDS_MS)
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise
       clearTimeout(hurry)
       clearTimeout(timer)
       clearInterval(idle)
+      intake[Symbol.dispose]()
     },
   }
 }
 
+/** The HTTP/2 servers and the methods' kinds, which grpc-js keeps to itself. */
+interface Insides {
+  createHttp2Server(...args: readonly unknown[]): Http2Server
+  readonly handlers: ReadonlyMap<string, { readonly type: MethodKind }>
+}
+
 /**
- * Node drops every `authorization` of a request but the first, so that nobody could tell that there were several. This
- * joins them, which is no valid credential. grpc-js keeps its HTTP/2 servers to itself, hence the detour.
+ * grpc-js prints to stderr what it thinks of the metadata that callers send, as it came. Here it is a line of the log, at
+ * debug.
  */
-function showRepeatedCredentials(server: Server): void {
-  const grpc = server as unknown as { createHttp2Server: (...args: unknown[]) => Http2Server }
-  const create = grpc.createHttp2Server.bind(server)
-  grpc.createHttp2Server = (...args) => {
-    const http2 = create(...args)
-    const join = (_stream: unknown, headers: IncomingHttpHeaders, _flags: number, raw: readonly string[]) => {
-      if (raw.indexOf('authorization') === raw.lastIndexOf('authorization')) return
-      // Names and values in turn.
-      headers.authorization = raw.filter((_, i) => i % 2 === 1 && raw[i - 1] === 'authorization').join(', ')
-    }
-    return http2.prependListener('stream', join)
+function quiet(log: Logger): void {
+  const line = (text: unknown) => log.debug({ text: String(text) }, 'grpc-js')
+  setLogger({ error: line, info: line, debug: line })
+}
+
+/**
+ * The library remembers each name that somebody has watched for ever. Of names that it knows no state of, and never
+ * will, there is nothing to tell and so nothing to remember.
+ */
+function forgetStrangers(health: HealthImplementation): () => number {
+  const inside = health as unknown as {
+    statusMap: ReadonlyMap<string, unknown>
+    watchers: Map<string, unknown>
   }
+  const { statusMap } = inside
+  inside.watchers = new (class extends Map<string, unknown> {
+    override set(name: string, watchers: unknown): this {
+      return statusMap.has(name) ? super.set(name, watchers) : this
+    }
+  })()
+  return () => inside.watchers.size
 }
 
 /** For the last answers to leave before connections are cut. */
 const LAST_WORDS_MS = 200
 /** For streams to take the message that is on its way to them, and then to be told that this is the end. */
 const LAST_MESSAGES_MS = 500
-
-function openCalls({ rpcs }: Metrics): number {
-  let open = 0
-  for (const { started, byStatus } of rpcs) {
-    open += started
-    for (const { count } of byStatus.values()) open -= count
-  }
-  return open
-}
 
 /**
  * What the reflection service tells of: our proto with all that it imports, the error details, and health. (The

@@ -32,12 +32,12 @@ const DEFAULT_HEARTBEAT_MS = 500
 const MAX_ITEMS_BYTES = 2 * 1024 * 1024
 /** For reading the items of a batch. */
 const ITEMS_TIMEOUT_MS = 30_000
-/** What batches with items may take in all that watchers have not taken yet; beyond it batches go without items. */
-const MAX_UNTAKEN_BYTES = 64 * 1024 * 1024
 
+/** `maxUntakenBytes`: what all batches with items may take that watchers have not taken yet; then batches go without items. */
 export function watchInvalidations(
   subscriptions: Subscriptions,
   reader: Reader,
+  maxUntakenBytes: number,
 ): StreamHandler<WatchInvalidationsRequest> {
   // Watchers that wake together at the same cursor share what is being read and encoded for them.
   const underWay = new Map<readonly LogEntry[], Promise<Uint8Array>>()
@@ -60,7 +60,7 @@ export function watchInvalidations(
         continue
       }
       const bytes = await untilAborted(withItems(watch.tenant, message.rows), gone)
-      if (untakenBytes + bytes.byteLength > MAX_UNTAKEN_BYTES) {
+      if (untakenBytes + bytes.byteLength > maxUntakenBytes) {
         yield encode(message)
         continue
       }

@@ -152,6 +152,9 @@ export class Flight {
   }
 }
 
+/** Most flights that are under way at once: one more load is refused. Callers who share a flight are no more flights. */
+const MAX_FLIGHTS = 100_000
+
 /** A multi-key read never asks a tier for more keys than this at once. */
 const MAX_KEYS = 500
 
@@ -169,14 +172,29 @@ interface Boarding {
 export class Flights {
   readonly #under = { cached: new Map<string, Flight>(), direct: new Map<string, Flight>() }
   readonly #depart: (group: Group) => void
+  readonly #maxFlights: number
   #boarding: Boarding[] = []
 
   /** `depart` takes the flights of a group through the tiers. */
-  constructor(depart: (group: Group) => void) {
+  constructor(depart: (group: Group) => void, maxFlights = MAX_FLIGHTS) {
     this.#depart = depart
+    this.#maxFlights = maxFlights
   }
 
-  /** The key's flight of this route, or a new one that leaves at the end of the tick. */
+  /** Flights that are under way. */
+  get size(): number {
+    return this.#under.cached.size + this.#under.direct.size
+  }
+
+  /** There is room for a flight of a key that has none. */
+  get hasRoom(): boolean {
+    return this.size < this.#maxFlights
+  }
+
+  /**
+   * The key's flight of this route, or a new one that leaves at the end of the tick. Throws `exhausted` when there is
+   * none and too many others are under way.
+   */
   join(tenant: string, id: string, route: Route, plan: FlightPlan): { flight: Flight; joined: boolean } {
     const flights = this.#under[route]
     const key = keyOf(tenant, id)
@@ -184,6 +202,12 @@ export class Flights {
     // A direct flight is taken only before it leaves: those who choose it want a SELECT sent after they began.
     if (under !== undefined && (route === 'cached' || under.sentAt === undefined)) {
       return { flight: under, joined: true }
+    }
+    if (!this.hasRoom) {
+      throw new ItemCacheError('exhausted', 'too many loads are under way', {
+        reason: 'LOADS_BUSY',
+        retryAfterMs: 1000,
+      })
     }
     const boarding = this.#boardingOf(tenant, route)
     const flight: Flight = new Flight(id, plan, (abandoned) => {
@@ -199,7 +223,10 @@ export class Flights {
 
   #boardingOf(tenant: string, route: Route): Boarding {
     if (this.#boarding.length === 0) setImmediate(() => this.#departAll())
-    const waiting = this.#boarding.findLast((one) => one.tenant === tenant && one.route === route)
+    // Whoever has boarded may all have left already, in this very tick: then their group is given up.
+    const waiting = this.#boarding.findLast(
+      (one) => one.tenant === tenant && one.route === route && !one.controller.signal.aborted,
+    )
     if (waiting !== undefined && waiting.flights.length < MAX_KEYS) return waiting
     const boarding: Boarding = { tenant, route, flights: [], controller: new AbortController(), left: 0 }
     this.#boarding.push(boarding)

@@ -211,6 +211,11 @@ export class Loader {
     work.then(forget, forget)
   }
 
+  /** Work that is under way with nobody waiting for it, and failures that are remembered. */
+  held(): { readonly background: number; readonly failures: number } {
+    return { background: this.#background.size, failures: this.#failures.size }
+  }
+
   /** Waits for all that no caller waits for. */
   async settled(): Promise<void> {
     while (this.#background.size > 0) await Promise.allSettled(this.#background)

@@ -195,6 +195,11 @@ export class Reader {
     return (await this.#loader.keep(tenant, copies)).kept
   }
 
+  /** How much of what can grow there is now. */
+  held(): { readonly flights: number; readonly background: number; readonly failures: number } {
+    return { flights: this.#flights.size, ...this.#loader.held() }
+  }
+
   /** Waits for refreshes and stores that no caller waits for. Used before the tiers are closed. */
   settled(): Promise<void> {
     return this.#loader.settled()
@@ -461,8 +466,9 @@ export class Reader {
     }
   }
 
-  /** Reloads behind an answer; one reload per key, whoever asks. */
+  /** Reloads behind an answer; one reload per key, whoever asks. While there is no room for it the answer does without. */
   #refresh(tenant: string, id: string, plan: FlightPlan): void {
+    if (!this.#flights.hasRoom) return
     this.#goOn(this.#flights.join(tenant, id, 'cached', plan).flight)
   }
 

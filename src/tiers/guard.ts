@@ -2,8 +2,8 @@
  * Guards around the tiers: a circuit breaker and a bulkhead each, by cockatiel.
  *
  * The **breaker** opens when more than 2 % of the calls of the last 10 s have failed, of 50 at least. Then calls are refused at
- * once, and every second one of them, or a probe when nobody calls, is let through; the first that succeeds closes it. While
- * it runs the others are refused: nobody waits for a probe that hangs.
+ * once, and every second a probe is let through, or, for the catalogue, one of them; the first that succeeds closes it. While
+ * it runs the others are refused: nobody waits for a probe that hangs, and none hangs for as long as a call may.
  *
  * What counts as a failure says something of the tier: that it timed out, cannot be reached, or (Redis) took longer than it
  * may. A conflict, a refusal or a caller who left does not.
@@ -96,11 +96,13 @@ export class Guard implements Disposable {
   readonly #probeEveryMs: number
   #probing = false
   #timer: NodeJS.Timeout | undefined
+  readonly #probe: (() => Promise<unknown>) | undefined
 
-  /** `isFault` says which errors are the dependency's. `probe`, if there is one, is called while nobody else calls. */
+  /** `isFault` says which errors are the dependency's. `probe`, if there is one, is what closes an open breaker. */
   constructor(options: GuardOptions, isFault: (error: unknown) => boolean, probe?: () => Promise<unknown>) {
     const { failureShare = 0.02, windowMs = 10_000, minimumCalls = 50, probeEveryMs = 1_000 } = options
     this.#probeEveryMs = probeEveryMs
+    this.#probe = probe
     const counts = (error: unknown) => error instanceof Poor || error instanceof GivenUp || isFault(error)
     this.#breaker = circuitBreaker(handleWhen(counts), {
       // The backoff ends just before the next probe comes.
@@ -156,12 +158,14 @@ export class Guard implements Disposable {
   async #break<T>(call: () => Promise<T>, isPoor: (answer: T) => boolean): Promise<T> {
     // cockatiel would let the others wait for the probe.
     if (this.#probing) throw new Refused('open')
+    const isOpen = this.#breaker.state !== CircuitState.Closed
+    if (isOpen && this.#probe !== undefined && call !== this.#probe) throw new Refused('open')
     const ask = async () => {
       const answer = await call()
       if (isPoor(answer)) throw new Poor(answer)
       return answer
     }
-    if (this.#breaker.state === CircuitState.Closed) return this.#breaker.execute(ask)
+    if (!isOpen) return this.#breaker.execute(ask)
     let isProbe = false
     try {
       return await this.#breaker.execute(() => {
@@ -186,22 +190,17 @@ export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
   readonly #guard: Guard
   readonly #redis: CacheTier & LoadLocks
   readonly #slowMs: number
-  readonly #now: () => number
 
   /** A call that takes longer than `slowMs` counts as failed. */
-  constructor(
-    redis: CacheTier & LoadLocks,
-    options: GuardOptions & { readonly slowMs: number; readonly now: () => number },
-  ) {
+  constructor(redis: CacheTier & LoadLocks, options: GuardOptions & { readonly slowMs: number }) {
     this.#redis = redis
     this.#slowMs = options.slowMs
-    this.#now = options.now
     // Its methods never throw. A probe asks for a copy that nobody has.
-    this.#guard = new Guard(
-      options,
-      () => true,
-      () => this.#timed(() => redis.read('', ['']), isFailed),
-    )
+    const probe = async () => {
+      const { call, isPoor } = this.#judged(() => redis.read('', ['']), isFailed)
+      if (isPoor(await call())) throw new Error('the probe found Redis slow or down')
+    }
+    this.#guard = new Guard(options, () => true, probe)
   }
 
   get state(): BreakerState {
@@ -239,23 +238,33 @@ export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
     this.#guard[Symbol.dispose]()
   }
 
-  async #timed<T>(
-    call: () => Promise<T>,
-    isPoor: (answer: T) => boolean = () => false,
-    instead?: T,
-  ): Promise<T> {
-    let startedMs = 0
+  async #timed<T>(call: () => Promise<T>, isPoor?: (answer: T) => boolean, instead?: T): Promise<T> {
+    const timed = this.#judged(call, isPoor)
     try {
-      return await this.#guard.run(
-        () => {
-          startedMs = this.#now()
-          return call()
-        },
-        (answer) => isPoor(answer) || this.#now() - startedMs > this.#slowMs,
-      )
+      return await this.#guard.run(timed.call, timed.isPoor)
     } catch (error) {
       if (error instanceof Refused) return instead as T
       throw error
+    }
+  }
+
+  /** A call whose answer is also poor when it was slow. */
+  #judged<T>(call: () => Promise<T>, isPoor: (answer: T) => boolean = () => false) {
+    let isSlow = false
+    const becomeSlow = () => {
+      isSlow = true
+    }
+    return {
+      call: async () => {
+        // What has arrived is read first: that this process was busy says nothing of Redis.
+        const timer = setTimeout(() => setImmediate(becomeSlow), this.#slowMs)
+        try {
+          return await call()
+        } finally {
+          clearTimeout(timer)
+        }
+      },
+      isPoor: (answer: T) => isSlow || isPoor(answer),
     }
   }
 }
@@ -313,8 +322,12 @@ export class GuardedStore implements StoreTier, Disposable {
 /** A probe that takes longer has failed. */
 const PROBE_MS = 2_000
 
+/** Writers that were in each other's way. */
+const CONTENTION = ['POSTGRES_LOCK_TIMEOUT', 'POSTGRES_QUEUE_TIMEOUT']
+
 function isOfPostgres(error: unknown): boolean {
   if (!(error instanceof ItemCacheError) || error.code !== 'unavailable') return false
+  if (CONTENTION.includes(error.reason)) return false
   return error.reason.startsWith('POSTGRES_') || error.reason === 'COMMIT_UNKNOWN'
 }
 

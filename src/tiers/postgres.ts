@@ -45,6 +45,8 @@ export interface PostgresOptions {
   readonly maxConnections?: number
   /** For a new connection, or a free one of the pool. Default 2,000 ms. */
   readonly connectTimeoutMs?: number
+  /** Most callers who wait for a connection: to read, to write, and for the log, each. Default 1,000. */
+  readonly maxWaiting?: number
   /** For a statement in the server. Default 5,000 ms. */
   readonly statementTimeoutMs?: number
   /** What `pg_stat_activity` shows. Default `itemcache`. */
@@ -80,6 +82,13 @@ const RETRY_AFTER_MS = 1000
 const FOLLOWER_CONNECTIONS = 2
 /** Before the listener connects again. */
 const LISTEN_PAUSE_MS = 200
+/** The listener's connection is tried so often: nobody else would notice that it is dead. */
+const LISTEN_BEAT_MS = 1000
+const LISTEN_ANSWER_MS = 2000
+/** A session that is cut off in a transaction keeps its locks, and so all writers of its tenant waiting, no longer. */
+const MAX_IDLE_IN_TRANSACTION_MS = 3000
+/** A connection is not given up sooner, however little time statements have: this process may be busy. */
+const MIN_QUERY_MS = 2000
 /** A connection that does not end by itself is cut after this time. */
 const CLOSE_PATIENCE_MS = 500
 
@@ -108,8 +117,9 @@ function clientConfig(options: PostgresOptions) {
     // Longer than the server's deadlock_timeout (1 s) by default, so that a deadlock is reported as one.
     lock_timeout: Math.ceil(statementMs * 0.6),
     statement_timeout: statementMs,
-    query_timeout: statementMs + 1000,
-    idle_in_transaction_session_timeout: statementMs * 2,
+    // Beyond what the server gives a statement, so that its own word is heard.
+    query_timeout: Math.max(statementMs + 500, MIN_QUERY_MS),
+    idle_in_transaction_session_timeout: Math.min(statementMs * 2, MAX_IDLE_IN_TRANSACTION_MS),
     keepAlive: true,
     types: { getTypeParser },
   } satisfies pg.ClientConfig
@@ -445,30 +455,41 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   readonly #writers: pg.Pool
   readonly #followers: pg.Pool
   readonly #random: () => number
+  readonly #maxWaiting: number
   readonly #statements = { read: 0, write: 0 }
   #retries = 0
   /** The start of the newest timeline that an answer came from. */
   #timeline = 0
   /** The tenant that each connection is confined to. */
   readonly #tenants = new WeakMap<pg.PoolClient, string>()
+  /** Of the connections of all pools. */
+  readonly #sockets = new Set<Socket>()
   readonly #connection: pg.ClientConfig
   #closing: Promise<unknown> | undefined
 
   constructor(options: PostgresOptions) {
     const max = options.maxConnections ?? 10
     this.#connection = clientConfig(options)
+    const first: pg.QueryConfig & Pick<pg.ClientConfig, 'query_timeout'> = {
+      text: `SET enable_seqscan = off; SET itemcache.tenant = E'\\x01'`,
+      query_timeout: this.#connection.connectionTimeoutMillis,
+    }
     const newPool = (size: number) => {
       const pool = new pg.Pool({
         ...clientConfig(options),
         max: size,
+        stream: () => {
+          const socket = new Socket()
+          this.#sockets.add(socket)
+          return socket.once('close', () => this.#sockets.delete(socket))
+        },
         // So that the tenant is set without waiting for the answer.
         pipeline: true,
         // A session that forgot to say whose rows it wants gets nobody's: no tenant has a control character.
         //
         // Plans are kept for as long as a connection lives. One that was made while the tables were small must not
         // read them from end to end when they are large.
-        onConnect: async (client) =>
-          void (await client.query(`SET enable_seqscan = off; SET itemcache.tenant = E'\\x01'`)),
+        onConnect: async (client) => void (await client.query(first)),
       })
       const report = (error: Error) => {
         // A connection that breaks while the tier is closed is nobody's concern.
@@ -484,6 +505,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     this.#readers = max === 1 ? this.#writers : newPool(Math.ceil(max / 2))
     this.#followers = newPool(FOLLOWER_CONNECTIONS)
     this.#random = options.random ?? Math.random
+    this.#maxWaiting = options.maxWaiting ?? 1000
   }
 
   get stats(): PostgresStats {
@@ -675,11 +697,12 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       }
     } catch (error) {
       if (!(error instanceof ItemCacheError) || error.code !== 'unavailable') throw error
-      return { present: false, skipped: error.reason === 'POSTGRES_TIMEOUT' ? 'timeout' : 'down' }
+      return { present: false, skipped: error.reason.endsWith('_TIMEOUT') ? 'timeout' : 'down' }
     }
   }
 
   async newest(tenant: string, limit: PageLimit): Promise<LogPage> {
+    this.#checkWaiting(this.#followers)
     const lines = await this.#follow<LogLine>(tenant, LOG_NEWEST, [tenant, limit.rows, limit.names])
     return pagesOf([tenant], lines, limit).get(tenant) ?? EMPTY_LOG
   }
@@ -700,6 +723,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   async bounds(tenant: string, signal?: AbortSignal): Promise<{ revision: Revision; oldest: Revision }> {
+    this.#checkWaiting(this.#followers)
     const [row] = await this.#follow<FromTimeline & { head: number; oldest: number | null }>(
       tenant,
       LOG_BOUNDS,
@@ -715,9 +739,13 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     let told = false
     const listenOnce = async () => {
       const socket = new Socket()
-      const client = new pg.Client({ ...this.#connection, stream: () => socket })
-      const { promise: ended, resolve } = Promise.withResolvers<void>()
-      const end = () => resolve()
+      const client = new pg.Client({
+        ...this.#connection,
+        query_timeout: LISTEN_ANSWER_MS,
+        stream: () => socket,
+      })
+      const over = new AbortController()
+      const end = () => over.abort()
       client.on('error', end)
       client.on('end', end)
       client.on('notification', ({ payload = '' }) =>
@@ -729,7 +757,10 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
         await client.query('LISTEN itemcache_invalidations')
         told = false
         listener.connected()
-        await ended
+        while (!over.signal.aborted) {
+          await sleep(LISTEN_BEAT_MS, undefined, { signal: over.signal }).catch(() => undefined)
+          if (!over.signal.aborted) await client.query('SELECT')
+        }
       } finally {
         closing.signal.removeEventListener('abort', end)
         // A server that is silent would never answer the farewell.
@@ -765,12 +796,23 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return rows + (await this.#change(EVERY_TENANT, REQUESTS_TRIM, [maxAgeMs / 1000, step], signal))
   }
 
-  /** Closes the connections when their statements are done. What comes after fails as `unavailable`. */
+  /**
+   * Closes the connections when their statements are done, and after a moment in any case. What comes after fails as
+   * `unavailable`.
+   */
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#closing ??= Promise.all(
-      [...new Set([this.#readers, this.#writers, this.#followers])].map((pool) => pool.end()),
-    )
+    this.#closing ??= this.#close()
     await this.#closing
+  }
+
+  async #close(): Promise<void> {
+    const pools = [...new Set([this.#readers, this.#writers, this.#followers])]
+    const closed = Promise.all(pools.map((pool) => pool.end()))
+    const patience = setTimeout(() => {
+      for (const socket of this.#sockets) socket.destroy()
+    }, CLOSE_PATIENCE_MS)
+    await closed
+    clearTimeout(patience)
   }
 
   /** One write of one item: replays the request, or locks the row, lets `apply` change it and reads it back. */
@@ -908,12 +950,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     values: unknown[] = [],
     signal?: AbortSignal,
   ): Promise<Row[]> {
-    return untilAborted(
-      signal,
-      this.#withSession(this.#readers, 'read', tenant, signal, (session) =>
-        this.#query<Row>(session, statement, values),
-      ),
-    )
+    return this.#askOn(this.#readers, tenant, statement, values, signal)
   }
 
   /** One statement about the log, on connections that readers and writers cannot take. */
@@ -923,12 +960,32 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     values: unknown[],
     signal?: AbortSignal,
   ): Promise<Row[]> {
-    return untilAborted(
-      signal,
-      this.#withSession(this.#followers, 'read', tenant, signal, (session) =>
-        this.#query<Row>(session, statement, values),
-      ),
-    )
+    return this.#askOn(this.#followers, tenant, statement, values, signal)
+  }
+
+  /**
+   * A statement whose own time is over (a poll's, a probe's) takes its connection with it: that may be dead, and would be
+   * missing for as long as any other statement may take. A caller who goes away leaves it alone.
+   */
+  #askOn<Row>(
+    pool: pg.Pool,
+    tenant: string | undefined,
+    statement: Statement,
+    values: unknown[],
+    signal: AbortSignal | undefined,
+  ): Promise<Row[]> {
+    const ask = async (session: Session) => {
+      const giveUp = () => {
+        if (isTimeout(signal?.reason)) session.client.connection.stream.destroy()
+      }
+      signal?.addEventListener('abort', giveUp, { once: true })
+      try {
+        return await this.#query<Row>(session, statement, values)
+      } finally {
+        signal?.removeEventListener('abort', giveUp)
+      }
+    }
+    return untilAborted(signal, this.#withSession(pool, 'read', tenant, signal, ask))
   }
 
   /** One statement that changes something and may be repeated, in a transaction of its own. */
@@ -968,8 +1025,10 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     work: (session: Session) => Promise<T>,
   ): Promise<T> {
     signal?.throwIfAborted()
+    // Following the log must go on, whoever else is waiting: what callers want of it has been checked before.
+    if (pool !== this.#followers) this.#checkWaiting(pool)
     const client = await pool.connect().catch((error) => {
-      throw translated(error)
+      throw isQueueTimeout(error) && purpose === 'write' ? queuedTooLong(error) : translated(error)
     })
     const session: Session = { client, purpose, tenant, signal, broken: false }
     try {
@@ -977,6 +1036,15 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     } finally {
       client.release(session.broken)
     }
+  }
+
+  /** A caller who has left may still be waiting for a connection, so that nobody but the pool knows how many do. */
+  #checkWaiting(pool: pg.Pool): void {
+    if (pool.waitingCount < this.#maxWaiting) return
+    throw new ItemCacheError('exhausted', 'too many calls of the database are waiting', {
+      reason: 'POSTGRES_BUSY',
+      retryAfterMs: RETRY_AFTER_MS,
+    })
   }
 
   async #query<Row>(session: Session, statement: Statement, values?: unknown[]): Promise<Row[]> {
@@ -1056,11 +1124,13 @@ function untilAborted<T>(signal: AbortSignal | undefined, promise: Promise<T>): 
   return answer
 }
 
+const isTimeout = (reason: unknown) => reason instanceof DOMException && reason.name === 'TimeoutError'
+
 /** Whoever aborts may say why with an `ItemCacheError` (a deadline: `timeout`). */
 function abortError(signal: AbortSignal): ItemCacheError {
   const { reason } = signal
   if (reason instanceof ItemCacheError) return reason
-  if (reason instanceof DOMException && reason.name === 'TimeoutError') {
+  if (isTimeout(reason)) {
     return new ItemCacheError('unavailable', 'the database did not answer in time', {
       reason: 'POSTGRES_TIMEOUT',
       retryAfterMs: RETRY_AFTER_MS,
@@ -1232,6 +1302,20 @@ function isCommitRefusal(error: unknown): boolean {
   return error instanceof pg.DatabaseError && /^(23|40)/.test(error.code ?? '')
 }
 
+/** All connections of the pool were in use for as long as one is waited for. */
+function isQueueTimeout(error: unknown): boolean {
+  return error instanceof Error && error.message === 'timeout exceeded when trying to connect'
+}
+
+/** Writers of a tenant take turns, and hold connections while they wait: that too many do says nothing of the database. */
+function queuedTooLong(cause: unknown): ItemCacheError {
+  return new ItemCacheError('unavailable', 'too many writes are waiting for each other', {
+    reason: 'POSTGRES_QUEUE_TIMEOUT',
+    retryAfterMs: RETRY_AFTER_MS,
+    cause,
+  })
+}
+
 const CONTENTION = 'RETRIES_EXHAUSTED'
 
 function isContention(error: unknown): boolean {
@@ -1260,9 +1344,12 @@ function translated(error: unknown): ItemCacheError {
       cause: error,
     })
   }
-  // Cancelled by the statement timeout, a lock that was not to be had, a transaction that was idle for too long.
-  if (code === '57014' || code === '55P03' || code === '25P03') {
+  // Cancelled by the statement timeout, or a transaction that was idle for too long.
+  if (code === '57014' || code === '25P03') {
     return unavailable('the database did not answer in time', 'POSTGRES_TIMEOUT')
+  }
+  if (code === '55P03') {
+    return unavailable('others held the lock for too long', 'POSTGRES_LOCK_TIMEOUT')
   }
   switch (code.slice(0, 2)) {
     case '22': // data that the column's type cannot hold (NUL in a text, say)

@@ -108,6 +108,7 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
   readonly #random: () => number
   readonly #ttlMs: number
   readonly #lockTtlMs: number
+  readonly #commandTimeoutMs: number
   readonly #jitter: number
   readonly #onStateChange: (state: 'ready' | 'down', reason: string) => void
   readonly #settled = Promise.withResolvers<'ready' | 'down'>()
@@ -122,11 +123,12 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     this.#random = options.random
     this.#ttlMs = options.ttlMs ?? 300_000
     this.#lockTtlMs = options.lockTtlMs ?? 2_000
+    this.#commandTimeoutMs = options.commandTimeoutMs ?? 250
     this.#jitter = options.jitter ?? 0.1
     this.#onStateChange = options.onStateChange ?? (() => {})
     this.#client = connect(
       parseRedisUrl(options.url),
-      options.commandTimeoutMs ?? 250,
+      this.#commandTimeoutMs,
       options.connectTimeoutMs ?? 2_000,
       options.random,
     )
@@ -238,7 +240,7 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
   /** Lets running commands finish, within the command timeout, and disconnects. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closing = true
-    if (this.#client.status === 'ready') await this.#client.quit().catch(() => {})
+    if (this.#client.status === 'ready') await this.#inTime(this.#client.quit()).catch(() => {})
     if (this.#client.status !== 'end') this.#client.disconnect()
     this.#state = 'down'
     this.#settled.resolve('down')
@@ -324,7 +326,7 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     for (const entry of batch) queue(pipeline, entry)
     let results: readonly [Error | null, unknown][]
     try {
-      results = (await pipeline.exec()) ?? []
+      results = (await this.#inTime(pipeline.exec())) ?? []
     } catch (error) {
       results = batch.flatMap(() => Array<[Error, unknown]>(width).fill([error as Error, undefined]))
     }
@@ -338,6 +340,20 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     }
     if (timedOut) this.counters.timeouts += 1
     else if (failed) this.counters.errors += 1
+  }
+
+  /**
+   * A reply that has come counts, although this process was too busy to look in time: when the time is over, what has
+   * arrived is read before the command is given up.
+   */
+  async #inTime<T>(reply: Promise<T>): Promise<T> {
+    const { promise: late, reject } = Promise.withResolvers<never>()
+    const timer = setTimeout(() => setImmediate(() => reject(new Error(TIMED_OUT))), this.#commandTimeoutMs)
+    try {
+      return await Promise.race([reply, late])
+    } finally {
+      clearTimeout(timer)
+    }
   }
 }
 
@@ -393,8 +409,8 @@ function connect(
     ...(target.tls === undefined ? {} : { tls: target.tls }),
     connectionName: 'itemcache',
     connectTimeout: connectTimeoutMs,
-    // Rejects the command; a stopped Redis raises no event of its own.
-    commandTimeout: commandTimeoutMs,
+    // For the commands that ioredis sends by itself; ours are given up before. A stopped Redis raises no event of its own.
+    commandTimeout: 3 * commandTimeoutMs,
     // Gives up a connection that owes replies and is silent, so that its queue does not grow without bound.
     socketTimeout: 4 * commandTimeoutMs,
     // How long a closing socket may linger.

@@ -8,8 +8,15 @@ import {
   toBinary,
 } from '@bufbuild/protobuf'
 import { anyUnpack } from '@bufbuild/protobuf/wkt'
-import { Client, type ClientReadableStream, credentials, Metadata, type ServiceError } from '@grpc/grpc-js'
-import { ErrorInfoSchema } from '../../src/gen/google/rpc/error_details_pb.ts'
+import {
+  Client,
+  type ClientOptions,
+  type ClientReadableStream,
+  credentials,
+  Metadata,
+  type ServiceError,
+} from '@grpc/grpc-js'
+import { ErrorInfoSchema, RetryInfoSchema } from '../../src/gen/google/rpc/error_details_pb.ts'
 import { StatusSchema } from '../../src/gen/google/rpc/status_pb.ts'
 import {
   type CacheStatus,
@@ -28,19 +35,24 @@ type Unary =
   | 'updateItem'
   | 'deleteItem'
   | 'invalidateItems'
+  | 'inspectItem'
+  | 'getMetrics'
 
 /** Why a call failed. `text`: "<code> <reason>". */
 export interface Failed {
   readonly code: number
   readonly text: string
+  /** The server says when a retry makes sense. */
+  readonly hasRetryInfo: boolean
   readonly cache: CacheStatus | undefined
 }
 
 export class Caller {
   readonly #client: Client
 
-  constructor(address: string) {
+  constructor(address: string, options: ClientOptions = {}) {
     this.#client = new Client(address, credentials.createInsecure(), {
+      ...options,
       'grpc.initial_reconnect_backoff_ms': 100,
       'grpc.max_reconnect_backoff_ms': 300,
     })
@@ -100,6 +112,7 @@ export function failed(error: ServiceError): Failed {
   return {
     code: error.code,
     text: `${error.code} ${info?.reason ?? error.details}`,
+    hasRetryInfo: details.some((any) => anyUnpack(any, RetryInfoSchema) !== undefined),
     cache: details.map((any) => anyUnpack(any, CacheStatusSchema)).find(Boolean),
   }
 }

@@ -301,22 +301,32 @@ export class Instance implements AsyncDisposable {
   readonly #root: string
   readonly #env: Readonly<Record<string, string>>
   readonly #logFile: string
+  readonly #nodeArguments: readonly string[]
   #process: ChildProcess | undefined
   address = ''
+  /** Of health and metrics over HTTP. */
+  admin = ''
   incarnation = 0
   stopped = false
 
-  constructor(name: string, root: string, env: Readonly<Record<string, string>>, logFile: string) {
+  constructor(
+    name: string,
+    root: string,
+    env: Readonly<Record<string, string>>,
+    logFile: string,
+    nodeArguments: readonly string[] = ['--max-semi-space-size=8'],
+  ) {
     this.name = name
     this.#root = root
     this.#env = env
     this.#logFile = logFile
+    this.#nodeArguments = nodeArguments
   }
 
   /** Starts it; resolves when it serves. Throws when it ends or takes too long. */
   async start(): Promise<void> {
-    const { promise, resolve, reject } = Promise.withResolvers<string>()
-    const child = spawn(process.execPath, ['--max-semi-space-size=8', join(this.#root, 'src', 'main.ts')], {
+    const { promise, resolve, reject } = Promise.withResolvers<{ grpc: string; admin: string }>()
+    const child = spawn(process.execPath, [...this.#nodeArguments, join(this.#root, 'src', 'main.ts')], {
       cwd: this.#root,
       env: { PATH: process.env['PATH'] ?? '', HOME: process.env['HOME'] ?? '/tmp', ...this.#env },
       stdio: ['ignore', 'pipe', 'pipe'],
@@ -325,8 +335,8 @@ export class Instance implements AsyncDisposable {
     let out = ''
     child.stdout?.on('data', (bytes) => {
       out += bytes
-      const [, address] = /"ready":true,"grpc":"([^"]+)"/.exec(out) ?? []
-      if (address !== undefined) resolve(address)
+      const [, grpc, admin] = /"ready":true,"grpc":"([^"]+)","admin":"([^"]+)"/.exec(out) ?? []
+      if (grpc !== undefined && admin !== undefined) resolve({ grpc, admin })
     })
     child.stderr?.on('data', (bytes) => appendFileSync(this.#logFile, bytes))
     child.once('exit', (code, signal) =>
@@ -334,11 +344,18 @@ export class Instance implements AsyncDisposable {
     )
     const timer = setTimeout(() => reject(new Error(`${this.name} did not start within 60 s`)), 60_000)
     try {
-      this.address = await promise
+      const { grpc, admin } = await promise
+      this.address = grpc
+      this.admin = admin
       this.incarnation++
     } finally {
       clearTimeout(timer)
     }
+  }
+
+  /** The process's id; 0 while there is none. */
+  get pid(): number {
+    return this.#process?.pid ?? 0
   }
 
   get running(): boolean {

@@ -1,9 +1,11 @@
 /** What callers see when PostgreSQL is slow, gone, full or ends a connection. */
 import { once } from 'node:events'
 import { type AddressInfo, connect, createServer, type Socket } from 'node:net'
+import { Client } from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import { connectPostgres } from '../../src/tiers/postgres.ts'
+import { NO_FAULT, Way } from '../consistency/way.ts'
 import { freshPostgres } from '../support/servers.ts'
 import {
   by,
@@ -42,7 +44,7 @@ describe('a slow database', () => {
   test('a lock that is not to be had in time is reported as unavailable', async () => {
     const tier = await store.open({ statementTimeoutMs: 100 })
     await using _lock = await lockedItems()
-    const byTheLock = { ...late, cause: { code: '55P03' } }
+    const byTheLock = { ...late, reason: 'POSTGRES_LOCK_TIMEOUT', cause: { code: '55P03' } }
     await expect(tier.read(newTenant(), ['a'])).rejects.toMatchObject(byTheLock)
     await expect(tier.create(by(newTenant()), 'a', draft())).rejects.toMatchObject(byTheLock)
     expect(await tier.inspect(newTenant(), 'a')).toEqual({ present: false, skipped: 'timeout' })
@@ -60,8 +62,18 @@ describe('a slow database', () => {
     expect(own.tier.stats.connections.read.total).toBe(1)
   })
 
+  test('a write that others keep from a connection for too long says so', async () => {
+    const tier = await store.open({ maxConnections: 2, connectTimeoutMs: 2_000, statementTimeoutMs: 30_000 })
+    await using _lock = await lockedItems()
+    const first = tier.create(by(newTenant()), 'a', draft())
+    first.catch(() => undefined)
+    await someoneWaits(sql)
+    const queued = { ...late, reason: 'POSTGRES_QUEUE_TIMEOUT' }
+    await expect(tier.create(by(newTenant()), 'a', draft())).rejects.toMatchObject(queued)
+  })
+
   test('a read that finds every connection in use does not wait for ever', async () => {
-    const tier = await store.open({ maxConnections: 2, connectTimeoutMs: 100 })
+    const tier = await store.open({ maxConnections: 2, connectTimeoutMs: 2_000, statementTimeoutMs: 30_000 })
     await using _lock = await lockedItems()
     const first = tier.read(newTenant(), ['a'])
     first.catch(() => undefined)
@@ -208,13 +220,68 @@ describe('connections that end', () => {
   })
 })
 
+describe('a connection that has died without a word', () => {
+  test('goes with the statement whose time is over: the next one gets another', async () => {
+    await using way = await openWay(store.url)
+    // One reader; no other bound ends its statement before the test is over.
+    await using tier = await connectPostgres({ url: way.url, maxConnections: 2, statementTimeoutMs: 120_000 })
+    await tier.ping()
+    way.setFault(SILENT)
+    await expect(tier.ping(AbortSignal.timeout(50))).rejects.toMatchObject(late)
+    way.setFault(NO_FAULT)
+    await tier.ping(AbortSignal.timeout(20_000))
+    expect(tier.stats.connections.read.total).toBe(1)
+  })
+
+  test('does not keep the listener from hearing for long, though nothing else is wrong', async () => {
+    await using way = await openWay(store.url)
+    await using tier = await connectPostgres({ url: way.url })
+    const heard: string[] = []
+    let connected = 0
+    let lost = 0
+    await using _listening = await tier.listen({
+      changed: (tenant) => heard.push(tenant),
+      connected: () => connected++,
+      lost: () => lost++,
+    })
+    await expect.poll(() => connected, { timeout: 20_000 }).toBe(1)
+    way.setFault(SILENT)
+    await expect.poll(() => lost, { timeout: 20_000 }).toBe(1)
+    way.setFault(NO_FAULT)
+    await expect.poll(() => connected, { timeout: 20_000 }).toBe(2)
+    const tenant = newTenant()
+    await sql('INSERT INTO items (tenant, id) VALUES ($1, $2)', [tenant, 'a'])
+    await expect.poll(() => heard, { timeout: 20_000 }).toContain(tenant)
+  })
+
+  test('in the middle of a write keeps other writers of the item waiting for seconds, not for the longest statement', async () => {
+    await using way = await openWay(store.url)
+    const tenant = newTenant()
+    const tier = await store.open({ statementTimeoutMs: 25_000 })
+    await tier.create(by(tenant), 'a', draft())
+    await using cutOff = await connectPostgres({ url: way.url, statementTimeoutMs: 25_000 })
+    const options = { etag: '', allowMissing: false }
+    const lost = cutOff.update(by(tenant), 'a', options, () => {
+      way.setFault(SILENT)
+      return draft({ title: 'lost' })
+    })
+    lost.catch(() => {})
+    await someoneIdles(sql)
+    // A lock is waited for 15 s here.
+    const { snapshot } = await tier.update(by(tenant), 'a', options, () => draft({ title: 'kept' }))
+    expect(snapshot.state).toBe('present')
+    way.breakAll()
+    await expect(lost).rejects.toMatchObject(down)
+  })
+})
+
 describe('a database that is gone', () => {
   test('makes every call unavailable in bounded time, and they work again when it is back', async () => {
     await using server = await freshPostgres()
     await using tier = await connectPostgres({
       url: server.url,
-      statementTimeoutMs: 200,
-      connectTimeoutMs: 500,
+      statementTimeoutMs: 2_000,
+      connectTimeoutMs: 2_000,
     })
     await tier.create(by('t'), 'a', draft())
     await tier.ping()
@@ -257,6 +324,30 @@ describe('a database that is gone', () => {
   })
 })
 
+const SILENT = { dropUp: true, dropDown: true, forGood: true }
+
+/** Resolves when another session of the database is in a transaction and has nothing to do. */
+async function someoneIdles(sql: Sql): Promise<void> {
+  const idle = `SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'`
+  while ((await sql(idle)).length === 0);
+}
+
+/** The database by a way that misbehaves on command. */
+async function openWay(url: string) {
+  const { host, port } = new Client(url)
+  const way = await Way.to(host.startsWith('/') ? { path: `${host}/.s.PGSQL.${port}` } : { host, port })
+  return Object.assign(way, { url: throughPort(url, way.port) })
+}
+
+function throughPort(url: string, port: number): string {
+  const through = new URL(url)
+  through.hostname = '127.0.0.1'
+  through.port = `${port}`
+  through.searchParams.delete('host')
+  through.searchParams.delete('port')
+  return through.href
+}
+
 /** A way to the database that can be cut at a COMMIT: before the server gets it, or after it has answered. */
 async function openProxy(url: string) {
   const target = new URL(url)
@@ -292,13 +383,8 @@ async function openProxy(url: string) {
   })
   server.listen(0, '127.0.0.1')
   await once(server, 'listening')
-  const through = new URL(url)
-  through.hostname = '127.0.0.1'
-  through.port = `${(server.address() as AddressInfo).port}`
-  through.searchParams.delete('host')
-  through.searchParams.delete('port')
   return {
-    url: through.href,
+    url: throughPort(url, (server.address() as AddressInfo).port),
     cutAtCommit: (when: 'before' | 'after') => {
       cut = when
     },

@@ -1,6 +1,4 @@
 import { once } from 'node:events'
-import { type ClientHttp2Session, type ClientHttp2Stream, connect, constants } from 'node:http2'
-import { gzipSync } from 'node:zlib'
 import {
   create,
   createFileRegistry,
@@ -12,12 +10,12 @@ import {
 } from '@bufbuild/protobuf'
 import { BinaryReader, BinaryWriter, WireType } from '@bufbuild/protobuf/wire'
 import { FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
-import { Client, credentials, type ServiceError, status } from '@grpc/grpc-js'
+import { type Client, type ServiceError, status } from '@grpc/grpc-js'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startApp } from '../../src/app.ts'
 import { parseConfig } from '../../src/config.ts'
 import { Health, HealthCheckResponse_ServingStatus as Serving } from '../../src/gen/health/v1/health_pb.ts'
-import { GetItemRequestSchema, ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { newCaller } from '../support/caller.ts'
 import { gatewayTo } from '../support/gateway.ts'
@@ -298,113 +296,4 @@ describe('the log', () => {
     ])
     expect(lines.filter(({ level }) => level === 'fatal')).toEqual([])
   })
-})
-
-describe('a client that misbehaves is refused, and the others are not disturbed', () => {
-  const getItem = Buffer.from(toBinary(GetItemRequestSchema, create(GetItemRequestSchema, { id: '1' })))
-  const framed = (message: Buffer, { compressed = 0, length = message.length } = {}) => {
-    const header = Buffer.alloc(5)
-    header.writeUInt8(compressed, 0)
-    header.writeUInt32BE(length, 1)
-    return Buffer.concat([header, message])
-  }
-
-  function open(session: ClientHttp2Session, headers: Record<string, string> = {}): ClientHttp2Stream {
-    const stream = session.request({
-      ':method': 'POST',
-      ':path': '/itemcache.v1.ItemCacheService/GetItem',
-      'content-type': 'application/grpc',
-      te: 'trailers',
-      ...headers,
-    })
-    stream.on('error', () => {})
-    stream.resume()
-    return stream
-  }
-
-  /** The gRPC status of a call, or `refused` when the stream or the connection was closed instead. */
-  async function outcomeOf(stream: ClientHttp2Stream): Promise<number | 'refused'> {
-    let code: string | undefined
-    stream.on('response', (headers) => {
-      code ??= headers['grpc-status'] as string | undefined
-    })
-    stream.on('trailers', (trailers) => {
-      code ??= trailers['grpc-status'] as string | undefined
-    })
-    await new Promise((closed) => stream.once('close', closed))
-    return code === undefined ? 'refused' : Number(code)
-  }
-
-  async function withSession<T>(use: (session: ClientHttp2Session) => Promise<T>): Promise<T> {
-    const session = connect(`http://${service.address}`)
-    session.on('error', () => {})
-    try {
-      return await use(session)
-    } finally {
-      session.destroy()
-      expect((await service.client.call('getItem', { id: '1' })).result.case).toBe('item')
-    }
-  }
-  const answerTo = (body: Buffer, headers: Record<string, string> = {}) =>
-    withSession((session) => {
-      const stream = open(session, headers)
-      stream.end(body)
-      return outcomeOf(stream)
-    })
-
-  test('while a plain call, written by hand, succeeds', async () => {
-    expect(await answerTo(framed(getItem))).toBe(status.OK)
-    const gzip = { 'grpc-encoding': 'gzip' }
-    expect(await answerTo(framed(gzipSync(getItem), { compressed: 1 }), gzip)).toBe(status.OK)
-  })
-
-  test('that promises 4 GiB', async () => {
-    expect(await answerTo(framed(getItem, { length: 2 ** 32 - 1 }))).toBe(status.RESOURCE_EXHAUSTED)
-  })
-
-  test('whose small message becomes a large one', async () => {
-    const bomb = gzipSync(Buffer.alloc(64 * 1024 * 1024))
-    expect(bomb.length).toBeLessThan(100_000)
-    const gzip = { 'grpc-encoding': 'gzip' }
-    expect(await answerTo(framed(bomb, { compressed: 1 }), gzip)).toBe(status.RESOURCE_EXHAUSTED)
-  })
-
-  test('that sends 300 headers', async () => {
-    const headers = Object.fromEntries(Array.from({ length: 300 }, (_, i) => [`x-header-${i}`, 'v']))
-    expect(await answerTo(framed(getItem), headers)).toBe('refused')
-  })
-
-  test('that sends a header of 70 KB', async () => {
-    expect(await answerTo(framed(getItem), { 'x-large': 'v'.repeat(70_000) })).toBe('refused')
-  })
-
-  test('that resets its calls as fast as it makes them', async () => {
-    await withSession(async (session) => {
-      for (let i = 0; i < 2000 && !session.destroyed; i++) {
-        const stream = open(session)
-        stream.end(framed(getItem))
-        stream.close(constants.NGHTTP2_CANCEL)
-      }
-      const { result } = await service.client.call('getItem', { id: '1' }, { timeoutMs: 30_000 })
-      expect(result.case).toBe('item')
-    })
-  })
-
-  test('that opens more streams at once than the limit', async () => {
-    await using limited = await startService({ env: { ITEMCACHE_MAX_CONCURRENT_STREAMS: '3' } })
-    const session = connect(`http://${limited.address}`)
-    await once(session, 'remoteSettings')
-    expect(session.remoteSettings.maxConcurrentStreams).toBe(3)
-    session.destroy()
-  })
-})
-
-test('an RPC that does not exist is UNIMPLEMENTED', async () => {
-  const identity = (value: Buffer) => value
-  const { promise, resolve } = Promise.withResolvers<ServiceError | null>()
-  const client = new Client(service.address, credentials.createInsecure())
-  const path = `/${ItemCacheService.typeName}/NoSuchMethod`
-  client.makeUnaryRequest(path, identity, identity, Buffer.alloc(0), (error) => resolve(error))
-  expect((await promise)?.code).toBe(status.UNIMPLEMENTED)
-  client.close()
 })

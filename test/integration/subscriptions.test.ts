@@ -18,7 +18,13 @@ beforeAll(async () => {
 })
 afterAll(() => store?.[Symbol.asyncDispose]())
 
-const ROOMY = { watchersPerTenant: 10, watchersPerConnection: 10, ringRows: 1000, ringBytes: 1e6 }
+const ROOMY = {
+  tenants: 1000,
+  watchersPerTenant: 10,
+  watchersPerConnection: 10,
+  ringRows: 1000,
+  ringBytes: 1e6,
+}
 
 class Bed implements AsyncDisposable {
   readonly tenant = newTenant()

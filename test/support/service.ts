@@ -178,6 +178,7 @@ export const PATIENT = {
   ITEMCACHE_SOFT_TIMEOUT: '5s',
   ITEMCACHE_POSTGRES_CONNECT_TIMEOUT: '10s',
   ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT: '10s',
+  ITEMCACHE_ORIGIN_TIMEOUT: '5s',
 }
 
 export async function startService(options: ServiceOptions = {}): Promise<TestService> {

@@ -45,6 +45,13 @@ test('a token is good until the moment of its expiry', () => {
   expect(() => auth.identify(bearer(token))).toThrow('expired')
 })
 
+test('a file holds 100,000 tokens at most', () => {
+  using files = temporaryFiles()
+  const lines = Array.from({ length: 100_001 }, (_, n) => `${n.toString(16).padStart(64, '0')} acme reader\n`)
+  const tooMany = files.write('tokens', lines.join(''))
+  expect(() => authOf(`tokens:${tooMany}`)).toThrow('100000 tokens at most')
+})
+
 describe('a JSON Web Token', () => {
   let issuer: Issuer
   beforeAll(async () => {
@@ -66,6 +73,16 @@ describe('a JSON Web Token', () => {
     clock.ms += 1
     expect(auth.identify(token)).toBeInstanceOf(Promise)
     expect(await auth.identify(token)).toEqual(identity)
+  })
+
+  test('that was verified longest ago is forgotten when too many are remembered', async () => {
+    const { auth: scheme } = parseConfig({ ITEMCACHE_AUTH: issuer.auth })
+    const auth = startAuth(scheme, { log: silent, maxVerified: 2 })
+    const tokens = []
+    for (const sub of ['a', 'b', 'c']) tokens.push(bearer(await issuer.sign({ sub })))
+    for (const token of tokens) await auth.identify(token)
+    const isRemembered = tokens.map((token) => !(auth.identify(token) instanceof Promise))
+    expect(isRemembered).toEqual([false, true, true])
   })
 
   test('is not remembered beyond its end', async () => {

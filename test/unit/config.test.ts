@@ -57,11 +57,11 @@ describe('without any variable', () => {
       timeouts: {
         redisMs: 150,
         postgresConnectMs: 2_000,
-        postgresStatementMs: 5_000,
+        postgresStatementMs: 3_000,
         softMs: 100,
         refreshMs: 10_000,
         lockMs: 2_000,
-        originMs: 5_000,
+        originMs: 3_000,
         maxDeadlineMs: 30_000,
         drainMs: 8_000,
       },
@@ -70,7 +70,11 @@ describe('without any variable', () => {
       grpc: {
         maxMessageBytes: 4 * 1024 * 1024,
         maxConcurrentStreams: 1_000,
+        maxCalls: 50_000,
+        maxAnswerMemoryBytes: 256 * 1024 * 1024,
         maxSessionMemoryBytes: 64 * 1024 * 1024,
+        maxRequestMemoryBytes: 256 * 1024 * 1024,
+        maxConnections: 10_000,
         maxConnectionIdleMs: 1_800_000,
         maxConnectionAgeMs: 3_600_000,
         maxConnectionAgeGraceMs: 30_000,
@@ -359,7 +363,7 @@ describe('mistakes', () => {
   })
 
   test('include a wait that is not shorter than the longest call', () => {
-    expect(problemsOf({ ITEMCACHE_MAX_DEADLINE: '5s' }).map(({ variable }) => variable)).toEqual([
+    expect(problemsOf({ ITEMCACHE_MAX_DEADLINE: '3s' }).map(({ variable }) => variable)).toEqual([
       'ITEMCACHE_POSTGRES_STATEMENT_TIMEOUT',
       'ITEMCACHE_ORIGIN_TIMEOUT',
     ])

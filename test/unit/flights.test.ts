@@ -11,6 +11,7 @@ import type { LogRow } from '../../src/invalidation/view.ts'
 import type { ItemDraft } from '../../src/item.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
+import { Flights, type Group } from '../../src/service/flights.ts'
 import { Probe } from '../../src/service/probe.ts'
 import {
   type Answer,
@@ -1067,4 +1068,16 @@ describe('an instance to which no notification comes', () => {
     tested.postgres.failing = 0
     expect(await read(tested, 'a')).toMatchObject({ tier: 'postgres', copy: { revision: 3 } })
   })
+})
+
+test('a reader who comes after all others have left, before their load began, is not cancelled with them', async () => {
+  const departed = Promise.withResolvers<Group>()
+  const flights = new Flights(departed.resolve)
+  const { flight: left } = flights.join(TENANT, 'a', 'cached', {})
+  left.board()[Symbol.dispose]()
+  const { flight } = flights.join(TENANT, 'a', 'cached', {})
+  using _waiting = flight.board()
+  const group = await departed.promise
+  expect(group.flights).toEqual([flight])
+  expect(group.signal.aborted).toBe(false)
 })

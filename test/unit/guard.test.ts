@@ -1,3 +1,5 @@
+import { once } from 'node:events'
+import { type AddressInfo, connect, createServer, type Socket } from 'node:net'
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import { type BreakerState, Guard, GuardedOrigin, GuardedRedis, GuardedStore } from '../../src/tiers/guard.ts'
@@ -113,6 +115,21 @@ describe('a circuit breaker', () => {
     expect(probe).toHaveBeenCalledTimes(calls)
   })
 
+  test('of a tier that is probed is closed by nobody else: no caller hangs in its stead', async () => {
+    const probe = vi.fn(fails(down()))
+    const { guard, open } = guardOf({ probe })
+    await open()
+    const called = vi.fn(succeeds)
+    for (let ms = 0; ms < 5000; ms += 500) {
+      await vi.advanceTimersByTimeAsync(500)
+      await expect(guard.run(called)).rejects.toEqual(refused('open'))
+    }
+    expect(called).not.toHaveBeenCalled()
+    probe.mockImplementation(succeeds as never)
+    await vi.advanceTimersByTimeAsync(2000)
+    expect(await guard.run(called)).toBe('good')
+  })
+
   test('is not stuck when a probe hangs for a while', async () => {
     const hanging = Promise.withResolvers<never>()
     const probe = vi.fn<() => Promise<unknown>>(succeeds).mockReturnValueOnce(hanging.promise)
@@ -149,11 +166,8 @@ describe('a bulkhead', () => {
 })
 
 describe('Redis behind a guard', () => {
-  const tier = (answer: Partial<CacheAnswer>, tookMs: number, clock: { ms: number }) => {
-    const read = vi.fn(async (): Promise<CacheAnswer> => {
-      clock.ms += tookMs
-      return { copies: new Map(), ...answer }
-    })
+  const tier = (answered: () => Promise<Partial<CacheAnswer>>, minimumCalls = 50) => {
+    const read = vi.fn(async (): Promise<CacheAnswer> => ({ copies: new Map(), ...(await answered()) }))
     const unused = async () => undefined as never
     const redis: CacheTier & LoadLocks = {
       name: 'redis',
@@ -164,26 +178,80 @@ describe('Redis behind a guard', () => {
       renew: unused,
       release: unused,
     }
-    const guarded = new GuardedRedis(redis, { maxCalls: 10, slowMs: 100, now: () => clock.ms })
+    const guarded = new GuardedRedis(redis, { maxCalls: 10, slowMs: 100, minimumCalls })
     return { guarded, read }
   }
+  const after =
+    (ms: number, answer: Partial<CacheAnswer> = {}) =>
+    () =>
+      new Promise<Partial<CacheAnswer>>((resolve) => setTimeout(() => resolve(answer), ms))
 
   test.each([
     ['answers slowly', {}, 101, 'OPEN'],
-    ['answers in time', {}, 100, 'CLOSED'],
+    ['answers in time', {}, 99, 'CLOSED'],
     ['does not answer', { skipped: 'timeout' }, 0, 'OPEN'],
     ['cannot be reached', { skipped: 'down' }, 0, 'OPEN'],
   ] as const)(
     'that %s: every answer is used, and the breaker ends up as it should',
     async (_, answer, tookMs, state) => {
-      using guarded = tier(answer, tookMs, { ms: 0 }).guarded
-      for (let i = 0; i < 60; i++) await guarded.read('t', ['a'])
+      using guarded = tier(after(tookMs, answer)).guarded
+      for (let i = 0; i < 5; i++) {
+        const answers = Array.from({ length: 10 }, () => guarded.read('t', ['a']))
+        await vi.advanceTimersByTimeAsync(tookMs)
+        expect(await Promise.all(answers)).toEqual(Array(10).fill({ copies: new Map(), ...answer }))
+      }
       expect(guarded.state).toBe(state)
     },
   )
 
+  test('stays alone for as long as it does not answer, and not a second longer', async () => {
+    let answer: Partial<CacheAnswer> = { skipped: 'down' }
+    const { guarded, read } = tier(async () => answer)
+    using _ = guarded
+    for (let i = 0; i < 50; i++) await guarded.read('t', ['a'])
+    const calls = read.mock.calls.length
+    await vi.advanceTimersByTimeAsync(10_000)
+    expect(guarded.state).toBe('OPEN')
+    // One probe a second.
+    expect(read.mock.calls.length - calls).toBeGreaterThanOrEqual(8)
+    expect(read.mock.calls.length - calls).toBeLessThanOrEqual(11)
+    answer = {}
+    await vi.advanceTimersByTimeAsync(1000)
+    expect(guarded.state).toBe('CLOSED')
+  })
+
+  test('is not slow when it has answered, and this process was too busy to look', async () => {
+    vi.useRealTimers()
+    const server = createServer()
+    server.listen(0, '127.0.0.1')
+    await once(server, 'listening')
+    const accepted = once(server, 'connection') as Promise<[Socket]>
+    const near = connect((server.address() as AddressInfo).port, '127.0.0.1')
+    const [far] = await accepted
+    try {
+      const { guarded } = tier(async () => {
+        const answer = once(near, 'data')
+        // On loopback it is in the reader's buffer when this returns.
+        far.write('x')
+        await answer
+        return {}
+      }, 5)
+      using _ = guarded
+      for (let i = 0; i < 6; i++) {
+        const reading = guarded.read('t', ['a'])
+        for (const until = performance.now() + 120; performance.now() < until; );
+        await reading
+      }
+      expect(guarded.state).toBe('CLOSED')
+    } finally {
+      near.destroy()
+      far.destroy()
+      server.close()
+    }
+  })
+
   test('is not asked while the breaker is open: copies are missing, and nobody waits for a lock', async () => {
-    const { guarded, read } = tier({ skipped: 'timeout' }, 0, { ms: 0 })
+    const { guarded, read } = tier(async () => ({ skipped: 'timeout' }))
     using _ = guarded
     for (let i = 0; i < 50; i++) await guarded.read('t', ['a'])
     const calls = read.mock.calls.length
@@ -209,6 +277,21 @@ test('PostgreSQL behind an open breaker is unavailable at once, and says when to
   })
   expect(read).toHaveBeenCalledTimes(50)
 })
+
+test.each(['POSTGRES_LOCK_TIMEOUT', 'POSTGRES_QUEUE_TIMEOUT'])(
+  'writers that are in each other’s way (%s) do not close PostgreSQL for readers',
+  async (reason) => {
+    const create = fails(new ItemCacheError('unavailable', 'others were faster', { reason }))
+    const read = async () => new Map()
+    using store = new GuardedStore({ name: 'postgres', create, read } as unknown as StoreTier, {
+      maxCalls: 10,
+    })
+    const write = { tenant: 't', clientId: '', requestId: '', fingerprint: '' }
+    for (let i = 0; i < 60; i++) await store.create(write, 'a', {} as never).catch(() => {})
+    expect(store.state).toBe('CLOSED')
+    expect(await store.read('t', ['a'])).toEqual(new Map())
+  },
+)
 
 test('PostgreSQL with too many calls sheds the next', async () => {
   const never = new Promise<never>(() => {})

@@ -6,6 +6,7 @@ import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import { startAuth } from '../../src/rpc/auth.ts'
 import { serverStream } from '../../src/rpc/call.ts'
+import { Unsent } from '../../src/rpc/unsent.ts'
 
 /** A call whose reader takes a message when the test says so. */
 class SlowCall extends EventEmitter {
@@ -41,6 +42,8 @@ function drainedStream() {
     auth: startAuth({ kind: 'none' }, { log }),
     now: () => 0,
     maxDeadlineMs: 1000,
+    maxCalls: 10,
+    unsent: new Unsent(1e6),
     draining: draining.signal,
     hurrying: hurrying.signal,
   }

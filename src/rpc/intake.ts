@@ -1,0 +1,398 @@
+/**
+ * What is taken in from the network before grpc-js sees it. grpc-js accepts any method and nearly any content type, reads
+ * `grpc-timeout` as it likes, waits for ever for a request that does not end and for a reader who does not read, and
+ * holds and unpacks as much as there are streams. Here is where each of these has its bound. All of it is decided by
+ * stream and connection, without a look at who calls.
+ */
+import {
+  constants,
+  type Http2Server,
+  type Http2Session,
+  type IncomingHttpHeaders,
+  type ServerHttp2Stream,
+} from 'node:http2'
+import {
+  ServerInterceptingCall,
+  type ServerInterceptingCallInterface,
+  type ServerInterceptor,
+} from '@grpc/grpc-js'
+import { ItemCacheError } from '../errors.ts'
+import type { Logger } from '../observe/log.ts'
+import type { Metrics } from '../observe/metrics.ts'
+import { codeName, codeOf, toStatus } from './status.ts'
+
+/** The kinds of methods, as grpc-js calls them. `undefined`: there is no such method. */
+export type MethodKind = 'unary' | 'serverStream' | 'bidi' | undefined
+
+export interface IntakeOptions {
+  readonly kindOf: (path: string) => MethodKind
+  /** How long a request may take to arrive, and, again, how long a unary call may take from then on. */
+  readonly maxDeadlineMs: number
+  /** What is held of requests that are being received on one connection. */
+  readonly maxConnectionBytes: number
+  /** The same for all connections together, and what compressed messages may become. */
+  readonly maxBytes: number
+  /** No message is unpacked further than this. */
+  readonly maxMessageBytes: number
+  readonly log: Logger
+  readonly metrics: Metrics
+  /** Monotonic, milliseconds. */
+  readonly now: () => number
+}
+
+type StreamListener = (
+  stream: ServerHttp2Stream,
+  headers: IncomingHttpHeaders,
+  flags: number,
+  rawHeaders: readonly string[],
+) => void
+
+/**
+ * How often the calls under way are looked at. Their age is counted in these looks: while the process is paused or far
+ * behind, nobody's time runs out.
+ */
+const SWEEP_MS = 250
+/** What a unary call may take beyond its bounds before its stream is closed. */
+const LAST_WORDS_MS = 2000
+/** For an answer to leave before its stream is closed. */
+const ANSWER_LEAVES_MS = 100
+/** The most that DEFLATE can make of a byte. */
+const MAX_EXPANSION = 1032
+/** What every stream may hold unpacked without being counted, so that small reads never meet a bound. */
+const FREE_BYTES = 16 * 1024
+/** A timer cannot be set for longer: 24.8 days. A caller that waits longer than that has no deadline. */
+const MAX_TIMER_MS = 2 ** 31 - 1
+
+const TIMEOUT_UNITS_MS: Readonly<Record<string, number>> = {
+  H: 3_600_000,
+  M: 60_000,
+  S: 1000,
+  m: 1,
+  u: 1e-3,
+  n: 1e-6,
+}
+
+/** Stands between the HTTP/2 servers and grpc-js. */
+export class Intake implements Disposable {
+  readonly #options: IntakeOptions
+  /** In the order in which they came. */
+  readonly #calls = new Set<Call>()
+  readonly #all: Held
+  readonly #byConnection = new WeakMap<object, Held>()
+  readonly #sweep: NodeJS.Timeout
+  #sweeps = 0
+  /** The call that grpc-js is just taking over. */
+  #current: Call | undefined
+
+  constructor(options: IntakeOptions) {
+    this.#options = options
+    this.#all = new Held(options.maxBytes)
+    // What has come in meanwhile is read first.
+    this.#sweep = setInterval(() => setImmediate(() => this.#endOverdue()), SWEEP_MS).unref()
+  }
+
+  /** Lets a call be ended here in a way that grpc-js knows of. */
+  readonly interceptor: ServerInterceptor = (_, taken) => {
+    const call = this.#current
+    if (call !== undefined) call.taken = taken
+    // What the type wants is a wrapper around it, which would cost every message something.
+    if (call === undefined || !call.weight.compressed) return taken as ServerInterceptingCall
+    const { weight, kind } = call
+    return new ServerInterceptingCall(taken, {
+      start: (next) =>
+        next({
+          onReceiveMessage(message, next) {
+            if (kind === 'bidi') weight.passedOn()
+            next(message)
+          },
+          // Only now does the handler get the one message of any other kind.
+          onReceiveHalfClose(next) {
+            weight.release()
+            next()
+          },
+        }),
+    })
+  }
+
+  /** Comes before those who listen to the server's streams now. */
+  guard(http2: Http2Server): void {
+    const behind = http2.listeners('stream') as unknown as StreamListener[]
+    http2.removeAllListeners('stream')
+    const listener: StreamListener = (stream, headers, flags, raw) => {
+      const call = this.#admit(stream, headers, raw)
+      if (call === undefined) return
+      this.#current = call
+      for (const listener of behind) listener.call(http2, stream, headers, flags, raw)
+      this.#current = undefined
+    }
+    http2.on('stream', listener as never)
+  }
+
+  #admit(stream: ServerHttp2Stream, headers: IncomingHttpHeaders, raw: readonly string[]): Call | undefined {
+    const { session } = stream
+    // It may have been reset already.
+    if (session === undefined || stream.destroyed || stream.closed) return undefined
+    const path = headers[':path'] ?? ''
+    const kind = this.#options.kindOf(path)
+    const call: Call = {
+      stream,
+      path,
+      kind,
+      sinceMs: this.#options.now(),
+      sinceSweep: this.#sweeps,
+      weight: this.#weigh(session, headers, kind),
+      taken: undefined,
+    }
+    const { weight } = call
+    const httpStatus = refusedAs(headers)
+    if (httpStatus !== undefined || !fitTimeout(headers)) {
+      stream.on('error', () => {})
+      if (httpStatus === undefined) this.#refuse(call, malformedTimeout())
+      else stream.respond({ ':status': httpStatus }, { endStream: true })
+      return undefined
+    }
+    showRepeatedCredentials(headers, raw)
+
+    let refused = false
+    this.#calls.add(call)
+    // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer: its stream does.
+    if (kind === 'unary') this.#options.metrics.openAnswers++
+    stream.on('data', (chunk: Buffer) => {
+      if (refused || weight.add(chunk)) return
+      refused = true
+      weight.release()
+      this.#refuse(call, tooMuch())
+    })
+    stream.once('close', () => {
+      weight.release()
+      if (kind === 'unary') this.#options.metrics.openAnswers--
+      this.#calls.delete(call)
+    })
+    return call
+  }
+
+  #weigh(session: Http2Session, headers: IncomingHttpHeaders, kind: MethodKind): Weight {
+    const { maxConnectionBytes, maxMessageBytes } = this.#options
+    // Honest clients may have a hundred of them on one connection at once, of which each might be a bomb.
+    if (isCompressed(headers)) return new Weight([this.#all], kind === 'bidi', maxMessageBytes)
+    let connection = this.#byConnection.get(session)
+    if (connection === undefined) {
+      connection = new Held(maxConnectionBytes)
+      this.#byConnection.set(session, connection)
+    }
+    return new Weight([connection, this.#all], kind === 'bidi', 0)
+  }
+
+  #endOverdue(): void {
+    const { maxDeadlineMs } = this.#options
+    this.#sweeps++
+    for (const call of this.#calls) {
+      const ageMs = (this.#sweeps - call.sinceSweep) * SWEEP_MS
+      if (ageMs <= maxDeadlineMs) break
+      const { stream, kind } = call
+      const arrived = stream.readableEnded
+      if (kind === 'bidi' || (kind === 'serverStream' && arrived)) this.#calls.delete(call)
+      else if (!arrived && !stream.headersSent) {
+        this.#calls.delete(call)
+        this.#refuse(call, requestDidNotEnd())
+      } else if (ageMs > 2 * maxDeadlineMs + LAST_WORDS_MS) {
+        // It has been answered, and the caller does not take the answer.
+        this.#calls.delete(call)
+        stream.close(constants.NGHTTP2_CANCEL)
+      }
+    }
+  }
+
+  #refuse({ stream, path, kind, sinceMs, taken }: Call, error: ItemCacheError): void {
+    const { metrics, log, now } = this.#options
+    const failure = toStatus(error)
+    // The handler of any other kind has not been called yet, and so the call not been counted.
+    if (kind !== 'bidi') {
+      const method = path.slice(1)
+      const code = codeName(codeOf(error))
+      const rpc = metrics.rpc(method)
+      rpc.started++
+      rpc.finish(code, now() - sinceMs)
+      log.debug({ method, code, reason: error.reason }, 'request')
+    }
+    // The caller may go on sending. Closed at once, the stream would take the answer with it.
+    setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), ANSWER_LEAVES_MS).unref()
+    if (taken !== undefined) {
+      taken.sendStatus(failure)
+      return
+    }
+    const headers = {
+      ':status': 200,
+      'content-type': 'application/grpc+proto',
+      'grpc-status': failure.code,
+      'grpc-message': encodeURI(failure.details ?? ''),
+      ...failure.metadata?.toHttp2Headers(),
+    }
+    stream.respond(headers, { endStream: true })
+  }
+
+  [Symbol.dispose](): void {
+    clearInterval(this.#sweep)
+  }
+}
+
+interface Call {
+  readonly stream: ServerHttp2Stream
+  readonly path: string
+  readonly kind: MethodKind
+  readonly sinceMs: number
+  readonly sinceSweep: number
+  readonly weight: Weight
+  /** What grpc-js made of it; `undefined` while it has not, and when there is no such method. */
+  taken: ServerInterceptingCallInterface | undefined
+}
+
+/** The HTTP status of a request that is none of gRPC's. */
+function refusedAs(headers: IncomingHttpHeaders): number | undefined {
+  if (headers[':method'] !== 'POST') return constants.HTTP_STATUS_METHOD_NOT_ALLOWED
+  // `application/grpc-web` is another protocol.
+  if (!/^application\/grpc(?:$|[+;])/.test(headers['content-type'] ?? ''))
+    return constants.HTTP_STATUS_UNSUPPORTED_MEDIA_TYPE
+  return undefined
+}
+
+/** Takes away a timeout that is longer than any timer; false when it is none at all. */
+function fitTimeout(headers: IncomingHttpHeaders): boolean {
+  const timeout = headers['grpc-timeout']
+  if (timeout === undefined) return true
+  const [, digits, unit = ''] = /^(\d{1,8})([HMSmun])$/.exec(String(timeout)) ?? []
+  const ms = Number(digits) * (TIMEOUT_UNITS_MS[unit] ?? Number.NaN)
+  if (ms > MAX_TIMER_MS) delete headers['grpc-timeout']
+  return !Number.isNaN(ms)
+}
+
+/**
+ * Node drops every `authorization` of a request but the first, so that nobody could tell that there were several. This
+ * joins them, which is no valid credential.
+ */
+function showRepeatedCredentials(headers: IncomingHttpHeaders, raw: readonly string[]): void {
+  if (raw.indexOf('authorization') === raw.lastIndexOf('authorization')) return
+  // Names and values in turn.
+  headers.authorization = raw.filter((_, i) => i % 2 === 1 && raw[i - 1] === 'authorization').join(', ')
+}
+
+const isCompressed = (headers: IncomingHttpHeaders) => (headers['grpc-encoding'] ?? 'identity') !== 'identity'
+
+/** Bytes that are held, up to a bound. */
+class Held {
+  #free: number
+  constructor(max: number) {
+    this.#free = max
+  }
+  take(bytes: number): boolean {
+    this.#free -= bytes
+    return this.#free >= 0
+  }
+  give(bytes: number): void {
+    this.#free += bytes
+  }
+}
+
+/**
+ * What the messages of one request may weigh unpacked, told by their headers as they pass: five bytes, which are a flag
+ * and a length.
+ */
+class Weight {
+  readonly #accounts: readonly Held[]
+  readonly #streaming: boolean
+  readonly #maxUnpacked: number
+  #held = 0
+  #counted = 0
+  #headerBytes = 0
+  #compressed = false
+  #length = 0
+  #left = 0
+  #extra = 0
+  /** Messages that have begun and were not passed on. */
+  #waiting = 0
+
+  /**
+   * `streaming`: whether messages are passed on one by one, and not when the request has ended. `maxUnpacked`: what a
+   * compressed message may become; 0: none is compressed.
+   */
+  constructor(accounts: readonly Held[], streaming: boolean, maxUnpacked: number) {
+    this.#accounts = accounts
+    this.#streaming = streaming
+    this.#maxUnpacked = maxUnpacked
+  }
+
+  get compressed(): boolean {
+    return this.#maxUnpacked > 0
+  }
+
+  /** A message of a stream has been unpacked and handed over. */
+  passedOn(): void {
+    if (--this.#waiting === 0) this.release()
+  }
+
+  /** Whether it is still within the bounds. */
+  add(chunk: Buffer): boolean {
+    // Nothing more of a stream is read before all of its whole messages have been passed on.
+    if (this.#streaming) this.#held = this.#left > 0 ? this.#length - this.#left + this.#extra : 0
+    this.#held += chunk.length
+    if (this.#streaming || this.#maxUnpacked > 0) this.#held += this.#unpacked(chunk)
+    return this.#count()
+  }
+
+  /** What the messages that begin in the chunk may become beyond their own size. */
+  #unpacked(chunk: Buffer): number {
+    let sum = 0
+    for (let at = 0; at < chunk.length; ) {
+      if (this.#left > 0) {
+        const part = Math.min(this.#left, chunk.length - at)
+        this.#left -= part
+        at += part
+        continue
+      }
+      const byte = chunk[at++] ?? 0
+      if (this.#headerBytes === 0) {
+        this.#compressed = byte === 1
+        this.#length = 0
+      } else this.#length = this.#length * 256 + byte
+      if (++this.#headerBytes < 5) continue
+      this.#headerBytes = 0
+      this.#left = this.#length
+      this.#waiting++
+      this.#extra = this.#compressed ? Math.min(this.#length * MAX_EXPANSION, this.#maxUnpacked) : 0
+      sum += this.#extra
+    }
+    return sum
+  }
+
+  #count(): boolean {
+    const counted = Math.max(0, this.#held - FREE_BYTES)
+    const more = counted - this.#counted
+    this.#counted = counted
+    if (more < 0) for (const account of this.#accounts) account.give(-more)
+    if (more <= 0) return true
+    // Not `every`: what is taken from one is given back to all.
+    return this.#accounts.map((account) => account.take(more)).every(Boolean)
+  }
+
+  release(): void {
+    this.#held = 0
+    this.#count()
+  }
+}
+
+const malformedTimeout = () => {
+  const rule = 'must be 1 to 8 digits and a unit: H, M, S, m, u, n'
+  return new ItemCacheError('invalid', `grpc-timeout: ${rule}`, {
+    reason: 'INVALID_METADATA',
+    violations: [{ field: 'grpc-timeout', description: rule }],
+  })
+}
+
+const requestDidNotEnd = () =>
+  new ItemCacheError('timeout', 'the request did not end in time', { reason: 'REQUEST_INCOMPLETE' })
+
+const tooMuch = () =>
+  new ItemCacheError('exhausted', 'too much is being received at once', {
+    reason: 'TOO_MUCH_IN_FLIGHT',
+    retryAfterMs: 1000,
+  })
