@@ -97,8 +97,8 @@ export class Intake implements Disposable {
     if (call !== undefined) call.taken = taken
     // What the type wants is a wrapper around it, which would cost every message something.
     if (call === undefined || !call.weight.compressed) return taken as ServerInterceptingCall
-    const { weight, kind } = call
-    return new ServerInterceptingCall(taken, {
+    const { weight, kind, stream } = call
+    const counting = new ServerInterceptingCall(taken, {
       start: (next) =>
         next({
           onReceiveMessage(message, next) {
@@ -112,6 +112,8 @@ export class Intake implements Disposable {
           },
         }),
     })
+    // As the call that it wraps has it: `unsent.ts` waits for its end.
+    return Object.assign(counting, { stream })
   }
 
   /** Comes before those who listen to the server's streams now. */
