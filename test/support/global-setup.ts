@@ -51,7 +51,7 @@ export default async function setup(project: TestProject): Promise<() => Promise
   return () => running.disposeAsync()
 }
 
-async function findPostgres(started: AsyncDisposableStack, directory: RunDirectory): Promise<Found> {
+export async function findPostgres(started: AsyncDisposableStack, directory: RunDirectory): Promise<Found> {
   const given = process.env['TEST_DATABASE_URL'] ?? ''
   if (given !== '')
     return { url: given, what: `PostgreSQL ${await postgresVersion(given)} (TEST_DATABASE_URL)` }
@@ -94,7 +94,7 @@ async function postgresVersion(url: string): Promise<string> {
   }
 }
 
-async function findRedis(started: AsyncDisposableStack, directory: RunDirectory): Promise<Found> {
+export async function findRedis(started: AsyncDisposableStack, directory: RunDirectory): Promise<Found> {
   const given = process.env['TEST_REDIS_URL'] ?? ''
   if (given !== '') return { url: given, what: `Redis ${await redisVersion(given)} (TEST_REDIS_URL)` }
   const image = process.env['TEST_REDIS_IMAGE'] ?? 'redis:8-alpine'

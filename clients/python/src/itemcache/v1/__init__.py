@@ -1,0 +1,1 @@
+"""The messages and the generated client of the contract ``itemcache.v1``."""
