@@ -585,7 +585,7 @@ const TABLE = {
     name: 'ITEMCACHE_FRESH_FOR',
     group: TIMES,
     default: '60s',
-    description: 'How long a copy is fresh (soft TTL). After that it is reloaded when it is asked for.',
+    description: 'How long a copy is fresh (soft TTL), in every tier. After that memory serves it once more, marked, while it is reloaded.',
     parse: duration(1, 720 * HOUR),
   },
   maxStale: {
@@ -744,7 +744,7 @@ const TABLE = {
     group: LIMITS,
     default: 'off',
     description:
-      'Calls that each tenant may make on this instance: per second, or per second:burst (100:500). A stream is one call. off: any number.',
+      'Calls that each tenant may make on this instance: per second, or per second:burst (100:500). A stream of invalidations or metrics is one call; each look-up of StreamItems is one. off: any number.',
     parse: rate,
   },
   maxMessageBytes: {
@@ -789,7 +789,7 @@ const TABLE = {
     group: LIMITS,
     default: '256MiB',
     description:
-      'Most memory that requests which are being received may take, of all connections together, compressed ones as what they may become; one more is RESOURCE_EXHAUSTED.',
+      'Most memory that requests which are being received may take, of all connections together, compressed ones as twice what they may become; one more is RESOURCE_EXHAUSTED.',
     parse: size(MIB, 64 * GIB),
   },
   maxConnections: {
