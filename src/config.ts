@@ -585,7 +585,8 @@ const TABLE = {
     name: 'ITEMCACHE_FRESH_FOR',
     group: TIMES,
     default: '60s',
-    description: 'How long a copy is fresh (soft TTL), in every tier. After that memory serves it once more, marked, while it is reloaded.',
+    description:
+      'How long a copy is fresh (soft TTL), in every tier. After that memory serves it once more, marked, while it is reloaded.',
     parse: duration(1, 720 * HOUR),
   },
   maxStale: {
