@@ -765,8 +765,9 @@ const TABLE = {
   maxCalls: {
     name: 'ITEMCACHE_MAX_CALLS',
     group: LIMITS,
-    default: '50000',
-    description: 'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED.',
+    default: '20000',
+    description:
+      'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED. Beyond twice as many HTTP/2 streams the connection that has most is closed.',
     parse: count(1, 10_000_000),
   },
   maxAnswerMemory: {

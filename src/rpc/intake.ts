@@ -152,6 +152,10 @@ export class Intake implements Disposable {
     }
     const { weight } = call
     this.#opened(session)
+    if (stream.destroyed) {
+      stream.once('close', () => this.#closed(session))
+      return undefined
+    }
     const httpStatus = refusedAs(headers)
     if (httpStatus !== undefined || kind === undefined || !fitTimeout(headers)) {
       stream.on('error', () => {}).once('close', () => this.#closed(session))
