@@ -76,7 +76,7 @@ describe('put', () => {
 
   test.each([
     [[], '{"title":"no id"}', 'The item has no id'],
-    [['a'], '', 'It must be JSON'],
+    [['a'], '', 'The item must be JSON'],
     [['a'], '{"id":"b"}', 'The JSON is about item "b"'],
   ])('put %j of %j is wrong usage', async (argv, stdin, message) => {
     const { exitCode, stderr } = await cli(['put', ...argv], { stdin })
@@ -357,6 +357,7 @@ describe('wrong usage', () => {
     [['get', '1', '--ca', '/no/such/ca', '--server-name', 'x'], '--ca: cannot read /no/such/ca (ENOENT)'],
     [['get', '1', '--tenant', 'ä'], 'metadata x-tenant-id is not valid'],
     [['completion', 'tcsh'], 'Allowed choices are'],
+    [['metrics', '--watch', '--interval', '10ms'], 'It must be 100ms to 1h'],
   ])('%j is told on stderr, with exit code 2', async (argv, message) => {
     const { exitCode, stdout, stderr } = await cli(argv)
     expect({ exitCode, stdout }).toEqual({ exitCode: 2, stdout: '' })
@@ -397,6 +398,14 @@ test('TLS, mTLS and tokens: who is not let in is told', async () => {
   expect(reader).toMatchObject({ exitCode: 1, stdout: '' })
   const nobody = await itemcache(['get', '1', ...trusting], { env: { ...env, ITEMCACHE_TOKEN: '' } })
   expect(nobody).toMatchObject({ exitCode: 1, stdout: '' })
+  // A service without TLS is told from one that is not there.
+  const plain = await itemcache(['watch', '--tls', '--timeout', '30s'], {
+    env: { ITEMCACHE_TARGET: service.address.replace('127.0.0.1', 'localhost') },
+  })
+  expect(plain).toMatchObject({ exitCode: 4, stdout: '' })
+  expect(plain.stderr).toMatch(
+    /^itemcache: cannot reach localhost:\d+: TLS: (wrong version number|packet length too long): does it speak TLS\?\n$/,
+  )
   // Without --ca the certificate is nobody's that Node trusts.
   const distrusting = await itemcache(['get', '1', '--tls'], { env })
   expect(distrusting.exitCode).toBe(4)
@@ -423,7 +432,17 @@ describe('completion', () => {
   test.each(['bash', 'zsh', 'fish'])('%s gets a script', async (shell) => {
     const script = await out('completion', shell)
     expect(script).toContain('itemcache complete --')
-    if (shell === 'bash') await run('bash', ['-n', '-c', script])
+  })
+
+  test('bash completes with the script, given what the package bash-completion defines', async () => {
+    const bash = `
+      _get_comp_words_by_ref() { words=("\${COMP_WORDS[@]}") cword=$COMP_CWORD cur=\${COMP_WORDS[COMP_CWORD]}; }
+      itemcache() { '${process.execPath}' '${CLI}' "$@"; }
+      ${await out('completion', 'bash')}
+      COMP_WORDS=(itemcache inv) COMP_CWORD=1
+      __itemcache_complete 2> /dev/null
+      printf '%s\\n' "\${COMPREPLY[@]}"`
+    expect((await run('bash', ['--norc', '-c', bash])).stdout).toBe('invalidate\n')
   })
 
   test('completes commands and their flags', async () => {
