@@ -1,6 +1,7 @@
 /** Every command against a real service, and against none. */
 import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { status } from '@grpc/grpc-js'
@@ -398,18 +399,27 @@ test('TLS, mTLS and tokens: who is not let in is told', async () => {
   expect(reader).toMatchObject({ exitCode: 1, stdout: '' })
   const nobody = await itemcache(['get', '1', ...trusting], { env: { ...env, ITEMCACHE_TOKEN: '' } })
   expect(nobody).toMatchObject({ exitCode: 1, stdout: '' })
-  // A service without TLS is told from one that is not there.
-  const plain = await itemcache(['watch', '--tls', '--timeout', '30s'], {
-    env: { ITEMCACHE_TARGET: service.address.replace('127.0.0.1', 'localhost') },
-  })
-  expect(plain).toMatchObject({ exitCode: 4, stdout: '' })
-  expect(plain.stderr).toMatch(
-    /^itemcache: cannot reach localhost:\d+: TLS: (wrong version number|packet length too long): does it speak TLS\?\n$/,
-  )
   // Without --ca the certificate is nobody's that Node trusts.
   const distrusting = await itemcache(['get', '1', '--tls'], { env })
   expect(distrusting.exitCode).toBe(4)
   expect(distrusting.stderr).toMatch(/^itemcache: cannot reach localhost:\d+: .*certificate/)
+})
+
+test('a service without TLS is told from one that is not there', async () => {
+  const plain = createServer((socket) => {
+    socket.on('error', () => {})
+    socket.write('HTTP/1.1 400 Bad Request\r\n\r\n')
+  })
+  plain.listen(0, '127.0.0.1')
+  await once(plain, 'listening')
+  const address = plain.address()
+  if (address === null || typeof address === 'string') throw new Error('it does not listen')
+  const target = `127.0.0.1:${address.port}`
+  const argv = ['watch', '--tls', '--server-name', 'localhost', '--timeout', '30s', '--target', target]
+  const { exitCode, stdout, stderr } = await itemcache(argv)
+  plain.close()
+  expect({ exitCode, stdout }).toEqual({ exitCode: 4, stdout: '' })
+  expect(stderr).toBe(`itemcache: cannot reach ${target}: TLS: wrong version number: does it speak TLS?\n`)
 })
 
 describe('serve', () => {
