@@ -69,19 +69,27 @@ function countdown(limitMs: number): () => number {
   return () => Math.max(1, Math.round(end - performance.now()))
 }
 
-/** How Go and pip say that the network, or what is behind it, is not there. */
+/**
+ * How Go and pip say that the network, or what is behind it, is not there. 404 and a version that is not among those that
+ * were found are no such words: they are what a registry answers when it is asked for what has never been.
+ */
 const UNREACHABLE =
-  /dial tcp|no such host|i\/o timeout|connection re(?:set|fused)|TLS handshake|proxyconnect|module lookup disabled|\b(?:403 Forbidden|404 Not Found|407|50[0-9] [A-Z])|context deadline exceeded|Failed to establish|Temporary failure|Max retries|Read timed out|ProxyError|SSLError|No matching distribution/i
+  /dial tcp|no such host|i\/o timeout|connection re(?:set|fused)|TLS handshake|proxyconnect|module lookup disabled|\b(?:403 Forbidden|407|50[0-9] [A-Z])|context deadline exceeded|Failed to establish|Temporary failure|Max retries|Read timed out|ProxyError|SSLError|from versions: none/i
 
 function built(what: string, { status, text, isLate }: Output): void {
   if (isLate) throw new NotHere(`${what} would take too long`)
   if (status !== 0) throw new Error(`${what} failed:\n${text}`)
 }
 
+/** The line of what Go or pip printed that says so. */
+export function unreachable(text: string): string | undefined {
+  return text.split('\n').find((one) => UNREACHABLE.test(one))
+}
+
 function fetched(what: string, output: Output): void {
   const { status, text } = output
   if (status === 0) return
-  const line = text.split('\n').find((one) => UNREACHABLE.test(one))
+  const line = unreachable(text)
   if (line !== undefined) throw new NotHere(`${what} cannot be fetched (${line.trim().slice(0, 200)})`)
   built(`fetching ${what}`, output)
 }

@@ -60,7 +60,7 @@ const (
 	defaultTimeout = time.Second
 	// The largest answer is a batch of 500 items of 256 KiB.
 	maxAnswerBytes = 160 << 20
-	// How long a watch waits for a connection before it says that there is none.
+	// How long a watch waits for a connection before its call is made nonetheless, which then says what is wrong.
 	readyTimeout = 5 * time.Second
 )
 
@@ -205,20 +205,19 @@ func withRequestID(request any) any {
 	return copied.Interface()
 }
 
-// ready waits until there is a connection.
-func (c *Client) ready(ctx context.Context) error {
+// ready waits until there is a connection, or for so long that the call had better be made to say why there is none.
+func (c *Client) ready(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	for state := c.conn.GetState(); state != connectivity.Ready; state = c.conn.GetState() {
 		if state == connectivity.Shutdown {
-			return errClosed
+			return
 		}
 		c.conn.Connect()
 		if !c.conn.WaitForStateChange(ctx, state) {
-			return &Error{Code: codes.Unavailable, Message: "no connection"}
+			return
 		}
 	}
-	return nil
 }
 
 var errClosed = &Error{Code: codes.Canceled, Message: "the client is closed"}

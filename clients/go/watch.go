@@ -160,9 +160,7 @@ func (f *follower) follow(ctx context.Context) error {
 
 // stream follows one stream until it ends. It never returns nil.
 func (f *follower) stream(ctx context.Context) error {
-	if err := f.client.ready(ctx); err != nil {
-		return err
-	}
+	f.client.ready(ctx)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	f.silence = firstSilence
@@ -258,7 +256,8 @@ func known(row *itemcachev1.InvalidationEvent) *itemcachev1.InvalidationEvent {
 	return row
 }
 
-// isWorthARetry: once a watch has begun, too many watchers on an instance is as much a reason to try another as its end.
+// isWorthARetry: once a watch has begun, too many watchers on an instance is as much a reason to try another as its end, and
+// a token that cannot be had now may be had later.
 func isWorthARetry(err error, started bool) bool {
 	var failed *Error
 	if !errors.As(err, &failed) {
@@ -269,6 +268,8 @@ func isWorthARetry(err error, started bool) bool {
 		return true
 	case codes.ResourceExhausted:
 		return started
+	case codes.Unauthenticated:
+		return started && failed.Reason == "NO_TOKEN"
 	case codes.Internal, codes.Unknown, codes.DeadlineExceeded:
 		// What the service itself says has a reason; without one a connection broke.
 		return failed.Reason == ""

@@ -191,6 +191,62 @@ func batch(revisions ...int64) *itemcachev1.WatchInvalidationsResponse {
 	return &itemcachev1.WatchInvalidationsResponse{Event: &itemcachev1.WatchInvalidationsResponse_Batch{Batch: events}}
 }
 
+func TestATokenThatCannotBeHadEndsAWatchThatBeginsAndNotOneThatGoesOn(t *testing.T) {
+	server := grpc.NewServer()
+	t.Cleanup(server.Stop)
+	itemcachev1.RegisterItemCacheServiceServer(server, &scripted{scripts: []func(*itemcachev1.WatchInvalidationsRequest, func(*itemcachev1.WatchInvalidationsResponse)) error{
+		func(_ *itemcachev1.WatchInvalidationsRequest, send func(*itemcachev1.WatchInvalidationsResponse)) error {
+			send(startedAt(10, time.Minute))
+			return status.Error(codes.Unavailable, "gone")
+		},
+		func(_ *itemcachev1.WatchInvalidationsRequest, send func(*itemcachev1.WatchInvalidationsResponse)) error {
+			send(startedAt(10, time.Minute))
+			return nil
+		},
+	}})
+	listener := must(net.Listen("tcp", "127.0.0.1:0"))
+	go func() { _ = server.Serve(listener) }()
+	asked := 0
+	token := func(context.Context) (string, error) {
+		if asked++; asked%2 == 1 {
+			return "", errors.New("no network")
+		}
+		return "t", nil
+	}
+	client := must(itemcache.Connect(listener.Addr().String(), &itemcache.Options{Token: token}))
+	t.Cleanup(func() { client.Close() })
+	for message, err := range client.Watch(t.Context(), nil) {
+		var failed *itemcache.Error
+		if !errors.As(err, &failed) || failed.Reason != "NO_TOKEN" {
+			t.Errorf("without a token the watch yields %v, %v", message, err)
+		}
+	}
+	var seen []string
+	for message, err := range client.Watch(t.Context(), nil) {
+		seen = append(seen, fmt.Sprintf("%T", message))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := message.(itemcache.Resumed); ok {
+			break
+		}
+	}
+	if want := []string{"itemcache.Started", "itemcache.Disconnected", "itemcache.Resumed"}; !slices.Equal(seen, want) {
+		t.Errorf("the watch yielded %v instead of %v", seen, want)
+	}
+}
+
+func TestAWatchThatCannotConnectSaysWhy(t *testing.T) {
+	client := must(itemcache.Connect("127.0.0.1:1", nil))
+	t.Cleanup(func() { client.Close() })
+	for message, err := range client.Watch(t.Context(), nil) {
+		if lost, ok := message.(itemcache.Disconnected); !ok || !strings.Contains(lost.Err.Error(), "connection refused") {
+			t.Errorf("the watch yielded %v, %v", message, err)
+		}
+		break
+	}
+}
+
 func TestAWatchNamesWhatIsMissingAndLeavesOutWhatComesTwice(t *testing.T) {
 	type send = func(*itemcachev1.WatchInvalidationsResponse)
 	server := grpc.NewServer()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -103,6 +103,11 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(fresh.item, Item(title="Brass lamp"))
         self.assertGreater(client.delete("lamp", etag=updated.item.etag), updated.revision)
 
+    def test_a_timeout_may_be_as_long_as_one_likes(self) -> None:
+        client = self.connect(timeout=float("inf"))
+        client.create(Item(id="x"))
+        client.get("x", timeout=1e12)
+
     def test_get_many_answers_any_number_of_ids_in_their_order(self) -> None:
         client = self.connect()
         revision = client.create(Item(id="one", title="One")).revision
@@ -183,6 +188,18 @@ class ClientTest(unittest.TestCase):
             itemcache.connect("localhost:1", tenant="a\nb")
         with self.assertRaises(itemcache.InvalidArgumentError):
             itemcache.connect("localhost:1", timeout=0)
+        with itemcache.connect("127.0.0.1:1") as client:
+            attempts: list[Callable[[], object]] = [
+                lambda: client.get("\ud800"),
+                lambda: client.get("x", min_revision=1 << 70),
+                lambda: client.get_many(["x"], min_revision=1 << 70),
+                lambda: client.get_many(["\ud800"]),
+                lambda: client.delete("\ud800"),
+                lambda: client.watch(resume_after=1 << 70),
+            ]
+            for attempt in attempts:
+                with self.assertRaises(itemcache.InvalidArgumentError):
+                    attempt()
         for target in ("localhost:1", "dns:///localhost:1", "[::1]:1", "ipv4:127.0.0.1:1", "unix:/run/x"):
             itemcache.connect(target, token="secret").close()
 

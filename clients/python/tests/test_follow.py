@@ -88,10 +88,39 @@ EXPECTED = [
 ]
 
 
+class Resuming(ItemCacheServiceServicer):
+    """A server that ends the first stream."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._streams = 0
+
+    def WatchInvalidations(self, _: _Request, context: grpc.ServicerContext) -> Iterator[_Response]:
+        self._streams += 1
+        yield started(10)
+        if self._streams == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        context.add_callback(self.over.set)
+        self.over.wait()
+
+
+class EveryOther:
+    """A provider of tokens that fails, then does not, and so on."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    def __call__(self) -> str:
+        self._asked += 1
+        if self._asked % 2 == 1:
+            raise OSError("no network")
+        return "t"
+
+
 class FollowTest(unittest.IsolatedAsyncioTestCase):
-    def serve(self) -> str:
+    def serve(self, scripted: Scripted | Resuming | None = None) -> str:
         server = grpc.server(futures.ThreadPoolExecutor(8))
-        scripted = Scripted()  # type: ignore[abstract]  # the other calls are unimplemented
+        scripted = scripted or Scripted()  # type: ignore[abstract]  # the other calls are unimplemented
         add_ItemCacheServiceServicer_to_server(scripted, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
@@ -118,3 +147,27 @@ class FollowTest(unittest.IsolatedAsyncioTestCase):
                 async for message in client.watch():
                     seen.append(summary(message))
         self.assertEqual(seen, EXPECTED)
+
+    def test_a_token_that_cannot_be_had_ends_a_watch_that_begins_and_not_one_that_goes_on(self) -> None:
+        target = self.serve(Resuming())  # type: ignore[abstract]
+        seen: list[str] = []
+        with itemcache.connect(target, timeout=20, token=EveryOther()) as client:
+            with self.assertRaises(itemcache.UnauthenticatedError):
+                next(client.watch())
+            for message in client.watch():
+                seen.append(summary(message))
+                if isinstance(message, Resumed):
+                    break
+        self.assertEqual(seen, ["started", "disconnected", "resumed"])
+
+    async def test_so_it_does_with_asyncio(self) -> None:
+        target = self.serve(Resuming())  # type: ignore[abstract]
+        seen: list[str] = []
+        async with aio.connect(target, timeout=20, token=EveryOther()) as client:
+            with self.assertRaises(itemcache.UnauthenticatedError):
+                await client.watch().__anext__()
+            async for message in client.watch():
+                seen.append(summary(message))
+                if isinstance(message, Resumed):
+                    break
+        self.assertEqual(seen, ["started", "disconnected", "resumed"])

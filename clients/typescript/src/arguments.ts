@@ -83,18 +83,23 @@ export function parsePrice(text: string): ReturnType<typeof parseMoney> {
 
 /** A JSON object. */
 export function parseAttributes(text: string): JsonObject {
-  const value = parseJson(text)
+  return parseObject(text, 'It')
+}
+
+/** `what`: how messages call it. */
+function parseObject(text: string, what: string): JsonObject {
+  const value = parseJson(text, what)
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
-    throw new InvalidArgumentError('It must be a JSON object.')
+    throw new InvalidArgumentError(`${what} must be a JSON object.`)
   }
   return value as JsonObject
 }
 
-function parseJson(text: string): unknown {
+function parseJson(text: string, what: string): unknown {
   try {
     return JSON.parse(text)
   } catch (cause) {
-    throw new InvalidArgumentError(`It must be JSON: ${(cause as Error).message}.`)
+    throw new InvalidArgumentError(`${what} must be JSON: ${(cause as Error).message}.`)
   }
 }
 
@@ -134,7 +139,7 @@ export function describeItem(
   flags: ItemFlags,
   json?: string,
 ): { readonly item: ItemInit; readonly fields: readonly string[] } {
-  const given = json === undefined ? {} : parseAttributes(json)
+  const given = json === undefined ? {} : parseObject(json, 'The item')
   const fields = new Set<string>()
   for (const [jsonName, name] of Object.entries(WRITABLE)) {
     if (jsonName in given || name in given) fields.add(name)

@@ -1,5 +1,6 @@
 /** The command line: `run` is the whole program but for the process. */
 import { readFile } from 'node:fs/promises'
+import { createRequire } from 'node:module'
 import tab from '@bomb.sh/tab/commander'
 import { create, type DescMessage, type MessageInitShape, toJsonString } from '@bufbuild/protobuf'
 import { status } from '@grpc/grpc-js'
@@ -133,7 +134,7 @@ function explain(error: unknown, flags: GlobalFlags): string {
       /.*Last error: (.+?)(?:\. Resolution note: .*)?$/s.exec(error.message) ?? []
     return why.includes('ECONNREFUSED')
       ? `cannot reach ${target}: is the service running? (npm start)`
-      : `cannot reach ${target}: ${printable(why)}`
+      : `cannot reach ${target}: ${printable(tlsFailure(why))}`
   }
   if (error instanceof DeadlineExceededError && error.reason === undefined) {
     return `no answer from ${target} within ${flags.timeout / 1000} s (--timeout)`
@@ -145,6 +146,15 @@ function explain(error: unknown, flags: GlobalFlags): string {
   return error.reason === undefined
     ? `${error.code}: ${formatError(error)}`
     : `${error.reason}: ${formatError(error)}`
+}
+
+/** What OpenSSL says ends with the place in its source: `…:SSL routines:FUNCTION:wrong version number:FILE:LINE:`. */
+function tlsFailure(why: string): string {
+  const [, what] = /:SSL routines:[^:]*:([^:]+):/.exec(why) ?? []
+  if (what === undefined) return why
+  const hint =
+    what === 'wrong version number' || what === 'packet length too long' ? ': does it speak TLS?' : ''
+  return `TLS: ${what}${hint}`
 }
 
 class Program {
@@ -170,6 +180,7 @@ class Program {
     const { stdout, stderr } = this.#io
     const program = new Command('itemcache')
       .description('Reads, writes and watches the items of an ItemCache service, and shows what it does.')
+      .version(VERSION, '--version', 'print the version of this program')
       .exitOverride()
       .configureOutput({
         writeOut: (text) => void stdout.write(text),
@@ -272,7 +283,7 @@ class Program {
       .option('--watch', 'go on: one line per interval with what has changed')
       .addOption(
         new Option('--interval <duration>', 'with --watch: 100ms to 1h')
-          .argParser(parseDuration)
+          .argParser(parseSpan(100, 3_600_000))
           .default(1000, '1s'),
       )
       .action((flags: { watch?: true; interval: number }) => this.#metrics(flags))
@@ -571,6 +582,9 @@ class Program {
     this.#say(`${toJsonString(schema, create(schema, message))}\n`)
   }
 }
+
+/** That of the package: the sources and what is built of them have it under the same name. */
+const VERSION: string = createRequire(import.meta.url)('@itemcache/client/package.json').version
 
 /** The name that TLS asks for must not be an IP address. */
 const IP_TARGET = /^(?:ipv[46]:|dns:(?:\/\/\/)?)?(?:[\d.]+|\[[\da-f:]+\])(?::\d+)?(?:,|$)/i

@@ -5,9 +5,9 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { MessageInitShape } from '@bufbuild/protobuf'
-import { timestampMs } from '@bufbuild/protobuf/wkt'
+import { type Duration, timestampMs } from '@bufbuild/protobuf/wkt'
 import { toDuration, toMs } from './duration.ts'
-import { CancelledError, ItemCacheError, UnavailableError } from './errors.ts'
+import { CancelledError, InvalidArgumentError, ItemCacheError, UnavailableError } from './errors.ts'
 import {
   InvalidationKind,
   InvalidationMode,
@@ -39,15 +39,19 @@ export interface InvalidationEvent {
 
 /** What a watch yields. */
 export type WatchMessage =
-  /** Always first: events after `position` follow. */
+  /** Before all else but `disconnected`: events after `position` follow. */
   | { readonly kind: 'started'; readonly position: bigint; readonly oldestResumable: bigint }
   | ({ readonly kind: 'event' } & InvalidationEvent)
   /** Everything up to `revision` has been yielded: it can be given as `resumeAfter`. */
   | { readonly kind: 'heartbeat'; readonly revision: bigint }
   /** The revisions after `after` up to `through` are lost: distrust every copy older than `through`. */
   | { readonly kind: 'gap'; readonly after: bigint; readonly through: bigint }
-  /** The connection is lost. The watch tries to resume, and `resumed` follows when it has. */
+  /**
+   * The stream is lost, or cannot be had yet. The watch goes on trying, and `resumed`, or `started` if it has not come yet,
+   * follows when it has succeeded.
+   */
   | { readonly kind: 'disconnected'; readonly error: ItemCacheError }
+  /** The watch goes on after this revision; without `disconnected` before it when a stream was only renewed. */
   | { readonly kind: 'resumed'; readonly after: bigint }
 
 /** With what the near cache needs besides: when, by this process's clock, a heartbeat is true of. */
@@ -169,10 +173,13 @@ export async function* follow(
   }
 }
 
-/** Once a watch has begun, too many watchers on an instance is as much a reason to try another as its end. */
+/**
+ * Once a watch has begun, too many watchers on an instance is as much a reason to try another as its end, and a token that
+ * cannot be had now may be had later.
+ */
 function isWorthARetry({ code, reason }: ItemCacheError, started: boolean): boolean {
   if (code === 'UNAVAILABLE') return true
-  if (code === 'RESOURCE_EXHAUSTED') return started
+  if (code === 'RESOURCE_EXHAUSTED' || reason === 'NO_TOKEN') return started
   // What the service itself says has a reason; without one a connection broke.
   return reason === undefined && (code === 'INTERNAL' || code === 'UNKNOWN' || code === 'DEADLINE_EXCEEDED')
 }
@@ -251,5 +258,11 @@ function eventOf(row: Row): InvalidationEvent {
   }
 }
 
-/** The field of the request for a number of milliseconds. */
-export const durationOf = (ms: number | undefined) => (ms === undefined ? undefined : toDuration(ms))
+/** The field of the request for a number of milliseconds. Throws InvalidArgumentError unless it is finite. */
+export function durationOf(ms: number | undefined): Duration | undefined {
+  if (ms === undefined) return undefined
+  if (Number.isFinite(ms)) return toDuration(ms)
+  throw new InvalidArgumentError(`a duration must be a finite number, got ${ms}`, {
+    reason: 'INVALID_DURATION',
+  })
+}

@@ -78,7 +78,7 @@ export function targetOf(target: string | readonly string[]): string {
 
 /** Whether what is sent there stays on this machine. */
 export function isLocal(target: string | readonly string[]): boolean {
-  return [target].flat().every((one) => isLoopback(one) || one.startsWith('unix'))
+  return [target].flat().every((one) => isLoopback(one) || /^unix(?:-abstract)?:/.test(one))
 }
 
 function isLoopback(target: string): boolean {

@@ -21,18 +21,12 @@ import {
   Metadata,
   type ServiceError,
 } from '@grpc/grpc-js'
-import {
-  CancelledError,
-  fromServiceError,
-  InvalidArgumentError,
-  UnauthenticatedError,
-  UnavailableError,
-} from './errors.ts'
+import { CancelledError, fromServiceError, InvalidArgumentError, UnauthenticatedError } from './errors.ts'
 import { traceHeaders } from './tracing.ts'
 
 /** grpc-js refuses deadlines of more than 24.8 days; nobody waits for more than one. */
 const MAX_TIMEOUT_MS = 24 * 3600 * 1000
-/** How long a stream that wants a connection waits for one before it is told that there is none. */
+/** How long a stream that wants a connection waits for one before it is sent nonetheless, and so told what is wrong. */
 const READY_MS = 5000
 
 /** How one call is made. */
@@ -44,7 +38,10 @@ export interface CallOptions {
   readonly timeoutMs?: number | undefined
   /** Aborting it ends the call with CancelledError. */
   readonly signal?: AbortSignal | undefined
-  /** Further metadata. `traceparent` is added by itself where OpenTelemetry is set up. */
+  /**
+   * Further metadata. `traceparent` is added by itself where OpenTelemetry is set up, but for look-ups of a pipeline, which
+   * share a stream.
+   */
   readonly metadata?: Readonly<Record<string, string>> | undefined
 }
 
@@ -72,6 +69,7 @@ export class Transport implements AsyncDisposable {
   readonly #streams = new Set<{ cancel(): void }>()
   #turn = 0
   #closing: Promise<void> | undefined
+  #isOver = false
 
   constructor({ target, credentials, channel, timeoutMs, connections, token }: TransportOptions) {
     // Channels share the connections of a process unless each has a pool of its own.
@@ -92,7 +90,7 @@ export class Transport implements AsyncDisposable {
     const bytes = encode(method.input, request)
     const deadline = deadlineIn(timeoutMs)
     const headers = this.#headers(metadata)
-    const sent = headers instanceof Promise ? await headers : headers
+    const sent = headers instanceof Promise ? await unlessAborted(headers, signal) : headers
     if (headers instanceof Promise) this.#check(signal)
     const { promise, resolve, reject } = Promise.withResolvers<MessageShape<O>>()
     const call: ClientUnaryCall = this.#client().makeUnaryRequest(
@@ -131,9 +129,9 @@ export class Transport implements AsyncDisposable {
     const options: GrpcCallOptions = timeoutMs === undefined ? {} : { deadline: deadlineIn(timeoutMs) }
     const bytes = encode(method.input, request)
     const client = this.#client()
-    const headers = await this.#headers(metadata)
+    const headers = await unlessAborted(this.#headers(metadata), signal)
     if (onBegin !== undefined) {
-      await ready(client)
+      await unlessAborted(ready(client), signal)
       this.#check(signal)
       onBegin()
     }
@@ -162,17 +160,19 @@ export class Transport implements AsyncDisposable {
     }
   }
 
-  /** A stream both ways on the connection with this number; requests are encoded already. */
+  /**
+   * A stream both ways on the connection with this number; requests are encoded already. It outlives the calls that use it,
+   * so it carries the trace context of none. It can be had until what `close` waits for first is over.
+   */
   async bidiStream<O extends DescMessage>(
     method: DescMethodBiDiStreaming<DescMessage, O>,
     connection: number,
     metadata: Readonly<Record<string, string>>,
   ): Promise<ClientDuplexStream<Buffer, MessageShape<O>>> {
-    this.#check(undefined)
-    const headers = await this.#headers(metadata)
+    const headers = await this.#withToken(metadataOf(metadata))
     const client = this.#client(connection)
     await ready(client)
-    this.#check(undefined)
+    if (this.#isOver) throw new CancelledError('the client is closed')
     const call: ClientDuplexStream<Buffer, MessageShape<O>> = client.makeBidiStreamRequest(
       pathOf(method),
       identity,
@@ -192,6 +192,7 @@ export class Transport implements AsyncDisposable {
 
   async #close(first: Promise<unknown> | undefined): Promise<void> {
     await first
+    this.#isOver = true
     for (const stream of this.#streams) stream.cancel()
     await Promise.allSettled(this.#underWay)
     for (const client of this.#clients) client.close()
@@ -209,7 +210,10 @@ export class Transport implements AsyncDisposable {
 
   /** With the token and the trace context of this moment. A promise only where the token is one. */
   #headers(entries: Readonly<Record<string, string>> = {}): Metadata | Promise<Metadata> {
-    const metadata = metadataOf({ ...traceHeaders(), ...entries })
+    return this.#withToken(metadataOf({ ...traceHeaders(), ...entries }))
+  }
+
+  #withToken(metadata: Metadata): Metadata | Promise<Metadata> {
     const token = this.#token
     if (token === undefined) return metadata
     const withToken = (bearer: string) => {
@@ -229,13 +233,23 @@ export class Transport implements AsyncDisposable {
   }
 }
 
+/** Resolves when there is a connection, or when there has been none for long: the call then fails with the reason. */
 function ready(client: GrpcClient): Promise<void> {
-  return new Promise((resolve, reject) => {
-    client.waitForReady(Date.now() + READY_MS, (error) => {
-      if (error === undefined || error === null) resolve()
-      else reject(new UnavailableError('no connection', { cause: error }))
-    })
-  })
+  return new Promise((resolve) => client.waitForReady(Date.now() + READY_MS, () => resolve()))
+}
+
+/** Rejects with CancelledError as soon as the signal is aborted. */
+async function unlessAborted<T>(waited: T | Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (signal === undefined || !(waited instanceof Promise)) return waited
+  const { promise, reject } = Promise.withResolvers<never>()
+  const cancel = () => reject(new CancelledError('the call was cancelled', { cause: signal.reason }))
+  signal.addEventListener('abort', cancel, { once: true })
+  if (signal.aborted) cancel()
+  try {
+    return await Promise.race([waited, promise])
+  } finally {
+    signal.removeEventListener('abort', cancel)
+  }
 }
 
 const identity = (bytes: Buffer): Buffer => bytes

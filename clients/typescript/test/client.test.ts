@@ -32,6 +32,9 @@ import {
 } from '../src/index.ts'
 import { refusal, startScriptedServer } from './scripted-server.ts'
 
+/** For what is not about time: the servers share this process, which may be slow. */
+const PATIENT = { timeoutMs: 20_000 }
+
 /** What `promise` rejects with. */
 async function failure(promise: Promise<unknown>): Promise<ItemCacheError> {
   const error = await promise.then(
@@ -80,7 +83,7 @@ describe('errors', () => {
         throw refusal(code, 'what happened')
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const error = await failure(client.get('1'))
     expect(error).toBeInstanceOf(Class)
     expect(error).toMatchObject({ name: Class.name, code: status[code], message: 'what happened' })
@@ -99,7 +102,7 @@ describe('errors', () => {
         throw refusal(status.INVALID_ARGUMENT, 'id: must be short', metadata)
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const error = await failure(client.get('1'))
     expect(error).toMatchObject({
       reason: 'INVALID_FIELD',
@@ -118,7 +121,7 @@ describe('errors', () => {
         throw refusal(status.NOT_FOUND, 'gone', metadata)
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     expect(await failure(client.get('1'))).toMatchObject({
       code: 'NOT_FOUND',
       reason: undefined,
@@ -132,14 +135,14 @@ describe('errors', () => {
         throw refusal(status.NOT_FOUND, 'gone')
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const theCaller = async () => await client.get('1')
     expect((await failure(theCaller())).stack).toContain('theCaller')
   })
 
   test('a service that cannot be reached is unavailable, without a reason of its own', async () => {
     const { target } = await stopped()
-    await using client = connect(target)
+    await using client = connect(target, PATIENT)
     const error = await failure(client.get('1'))
     expect(error).toBeInstanceOf(UnavailableError)
     expect(error.reason).toBeUndefined()
@@ -153,6 +156,8 @@ describe('errors', () => {
       client.get('1', { timeoutMs: Number.NaN }),
       client.get('1', { maxStalenessMs: Number.NaN }),
       client.get('1', { metadata: { 'x-note': 'line\nbreak' } }),
+      client.watch({ heartbeatMs: Number.NaN }).next(),
+      client.watch({ maxBatchDelayMs: Number.POSITIVE_INFINITY }).next(),
     ]
     for (const attempt of attempts) expect(await failure(attempt)).toBeInstanceOf(InvalidArgumentError)
     expect(() => connect('127.0.0.1:1', { tenant: 'line\nbreak' })).toThrow(InvalidArgumentError)
@@ -178,7 +183,7 @@ describe('retries', () => {
         return { revision: 8n }
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     expect((await client.get('1')).revision).toBe(7n)
     expect(await client.delete('1')).toEqual({ revision: 8n })
     expect(reads).toBe(3)
@@ -195,7 +200,7 @@ describe('retries', () => {
         return { revision: 1n }
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     await client.invalidate({ all: true })
     await client.invalidate({ all: true })
     await client.invalidate({ all: true }, { requestId: 'mine' })
@@ -211,7 +216,7 @@ describe('retries', () => {
         throw refusal(status.INTERNAL, 'bug')
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     await failure(client.get('1'))
     expect(calls).toBe(1)
   })
@@ -220,6 +225,7 @@ describe('retries', () => {
     const script = { getItem: () => ({ revision: 1n }) }
     await using first = await startScriptedServer(script)
     await using client = connect(first.target, {
+      ...PATIENT,
       channelOptions: { 'grpc.initial_reconnect_backoff_ms': 100 },
     })
     await client.get('1')
@@ -235,7 +241,7 @@ describe('deadlines and cancellation', () => {
     await using server = await startScriptedServer({ getItem: never })
     await using client = connect(server.target, { timeoutMs: 60 })
     expect(await failure(client.get('1'))).toBeInstanceOf(DeadlineExceededError)
-    await using patient = connect(server.target)
+    await using patient = connect(server.target, PATIENT)
     expect(await failure(patient.get('1', { timeoutMs: 60 }))).toBeInstanceOf(DeadlineExceededError)
   })
 
@@ -265,7 +271,7 @@ describe('deadlines and cancellation', () => {
         return never(call)
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const abort = new AbortController()
     const result = failure(client.get('1', { signal: abort.signal }))
     await called.promise
@@ -279,14 +285,14 @@ describe('deadlines and cancellation', () => {
   test('a signal that is aborted already sends nothing', async () => {
     let calls = 0
     await using server = await startScriptedServer({ getItem: () => ({ revision: BigInt(++calls) }) })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     expect(await failure(client.get('1', { signal: AbortSignal.abort() }))).toBeInstanceOf(CancelledError)
     expect(calls).toBe(0)
   })
 
   test('a signal is left as it was found', async () => {
     await using server = await startScriptedServer({ getItem: () => ({ revision: 1n }) })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const { signal } = new AbortController()
     await client.get('1', { signal })
     expect(getEventListeners(signal, 'abort')).toEqual([])
@@ -302,7 +308,7 @@ describe('deadlines and cancellation', () => {
         return { revision: 1n }
       },
     })
-    const client = connect(server.target)
+    const client = connect(server.target, PATIENT)
     const result = client.get('1')
     await called.promise
     let closed = false
@@ -325,7 +331,7 @@ describe('what is sent', () => {
       return { revision: 1n }
     }
     await using server = await startScriptedServer({ getItem: note, deleteItem: note })
-    await using client = connect(server.target, { tenant: 'blue', clientId: 'till-4' })
+    await using client = connect(server.target, { ...PATIENT, tenant: 'blue', clientId: 'till-4' })
     await client.get('1', { metadata: { traceparent: '00-1', 'x-tenant-id': 'red' } })
     await client.delete('1')
     expect(seen[0]).toMatchObject({ 'x-tenant-id': 'blue', traceparent: '00-1' })
@@ -350,7 +356,7 @@ describe('what is sent', () => {
         return { result: { case: 'notModified', value: true } }
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const result = await client.get('1', {
       freshness: 'fresh',
       minRevision: 9n,
@@ -370,7 +376,7 @@ describe('what is sent', () => {
         return { revision: 5n }
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     expect(await client.invalidate({ ids: ['1'], refreshOrigin: true })).toEqual({ revision: 5n })
     await client.invalidate({ tags: ['sale'], mode: 'remove' })
     await client.invalidate({ all: true })
@@ -393,7 +399,7 @@ describe('getMany', () => {
         }
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const ids = Array.from({ length: 1200 }, (_, i) => `${i}`)
     const results = await client.getMany([...ids, '7', '7'])
     expect(sizes.toSorted((a, b) => b - a)).toEqual([500, 500, 200])
@@ -417,7 +423,7 @@ describe('getMany', () => {
         ],
       }),
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const results = await client.getMany(['a', 'b', 'c', 'd'])
     expect(results.get('a')).toMatchObject({ item: { id: 'a' }, error: undefined })
     expect(results.get('b')?.error).toBeInstanceOf(NotFoundError)
@@ -442,7 +448,7 @@ describe('getMany', () => {
         return {}
       },
     })
-    await using client = connect(server.target, { timeoutMs: 20_000 })
+    await using client = connect(server.target, PATIENT)
     const ids = Array.from({ length: 501 }, (_, i) => `${i}`)
     expect(await failure(client.getMany(ids))).toBeInstanceOf(InternalError)
     await cancelled.promise
@@ -455,7 +461,7 @@ describe('getMany', () => {
         results: ids.map((id) => ({ id, result: { case: 'item', value: { id, description } } })),
       }),
     })
-    await using client = connect(server.target, { timeoutMs: 20_000 })
+    await using client = connect(server.target, PATIENT)
     const results = await client.getMany(Array.from({ length: 500 }, (_, i) => `${i}`))
     expect(results.get('499')?.item?.description).toBe(description)
   })
@@ -479,7 +485,7 @@ describe('list', () => {
   test('iterates over the items of all pages, past an empty one', async () => {
     const tokens: string[] = []
     await using server = await startPages(tokens)
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const items = await Array.fromAsync(client.list({ category: 'books', tag: 'sale', pageSize: 2 }))
     expect(items.map(({ id }) => id)).toEqual(['a', 'b', 'c'])
     expect(tokens).toEqual(['', 'two', 'three'])
@@ -488,7 +494,7 @@ describe('list', () => {
   test('fetches no page before it is asked for', async () => {
     const tokens: string[] = []
     await using server = await startPages(tokens)
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     for await (const page of client.list({ category: 'books', tag: 'sale', pageSize: 2 }).pages()) {
       expect(page).toMatchObject({ nextPageToken: 'two', revision: 3n })
       break
@@ -507,7 +513,7 @@ describe('watchMetrics', () => {
         for (const hits of [1n, 2n, 3n]) call.write({ snapshot: { hits } })
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const seen: bigint[] = []
     for await (const { hits } of client.watchMetrics({ intervalMs: 250 })) {
       if (seen.push(hits) === 2) break
@@ -523,7 +529,7 @@ describe('watchMetrics', () => {
         call.emit('error', refusal(status.UNAVAILABLE, 'draining'))
       },
     })
-    await using client = connect(server.target)
+    await using client = connect(server.target, PATIENT)
     const frames = client.watchMetrics()
     expect((await frames.next()).value).toMatchObject({ hits: 1n })
     expect(await failure(frames.next())).toBeInstanceOf(UnavailableError)
@@ -531,7 +537,7 @@ describe('watchMetrics', () => {
 
   test('aborting its signal, and closing the client, end it with CancelledError', async () => {
     await using server = await startScriptedServer({ watchMetrics: (call) => call.write({ snapshot: {} }) })
-    const client = connect(server.target)
+    const client = connect(server.target, PATIENT)
     const abort = new AbortController()
     const one = client.watchMetrics({ signal: abort.signal })
     const two = client.watchMetrics()

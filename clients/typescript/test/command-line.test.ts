@@ -1,5 +1,6 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { Metadata, status } from '@grpc/grpc-js'
@@ -293,8 +294,8 @@ describe('create and update', () => {
   })
 
   test.each([
-    ['JSON that is none', '{', 'It must be JSON'],
-    ['JSON that is no object', '[]', 'It must be a JSON object.'],
+    ['JSON that is none', '{', 'The item must be JSON'],
+    ['JSON that is no object', '[]', 'The item must be a JSON object.'],
     ['a field that no item has', '{"titel":"x"}', 'titel'],
     ['another item', '{"id":"2","title":"x"}', 'The JSON is about item "2", not "1".'],
     ['nothing to change', '{}', 'nothing to change'],
@@ -377,6 +378,11 @@ describe('usage', () => {
     expect(stdout).toBe('')
     expect(stderr).toMatch(/^itemcache: /)
     expect(stderr).toContain(message)
+  })
+
+  test('the version is that of the package', async () => {
+    const { version } = JSON.parse(await readFile(join(import.meta.dirname, '..', 'package.json'), 'utf8'))
+    expect(await itemcache(['--version'])).toEqual({ exitCode: 0, stdout: `${version}\n`, stderr: '' })
   })
 
   test('help goes to stdout, with every command and exit code', async () => {

@@ -1,6 +1,7 @@
 /** Every command against a real service, and against none. */
 import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { status } from '@grpc/grpc-js'
@@ -76,7 +77,7 @@ describe('put', () => {
 
   test.each([
     [[], '{"title":"no id"}', 'The item has no id'],
-    [['a'], '', 'It must be JSON'],
+    [['a'], '', 'The item must be JSON'],
     [['a'], '{"id":"b"}', 'The JSON is about item "b"'],
   ])('put %j of %j is wrong usage', async (argv, stdin, message) => {
     const { exitCode, stderr } = await cli(['put', ...argv], { stdin })
@@ -357,6 +358,7 @@ describe('wrong usage', () => {
     [['get', '1', '--ca', '/no/such/ca', '--server-name', 'x'], '--ca: cannot read /no/such/ca (ENOENT)'],
     [['get', '1', '--tenant', 'ä'], 'metadata x-tenant-id is not valid'],
     [['completion', 'tcsh'], 'Allowed choices are'],
+    [['metrics', '--watch', '--interval', '10ms'], 'It must be 100ms to 1h'],
   ])('%j is told on stderr, with exit code 2', async (argv, message) => {
     const { exitCode, stdout, stderr } = await cli(argv)
     expect({ exitCode, stdout }).toEqual({ exitCode: 2, stdout: '' })
@@ -403,6 +405,23 @@ test('TLS, mTLS and tokens: who is not let in is told', async () => {
   expect(distrusting.stderr).toMatch(/^itemcache: cannot reach localhost:\d+: .*certificate/)
 })
 
+test('a service without TLS is told from one that is not there', async () => {
+  const plain = createServer((socket) => {
+    socket.on('error', () => {})
+    socket.write('HTTP/1.1 400 Bad Request\r\n\r\n')
+  })
+  plain.listen(0, '127.0.0.1')
+  await once(plain, 'listening')
+  const address = plain.address()
+  if (address === null || typeof address === 'string') throw new Error('it does not listen')
+  const target = `127.0.0.1:${address.port}`
+  const argv = ['watch', '--tls', '--server-name', 'localhost', '--timeout', '30s', '--target', target]
+  const { exitCode, stdout, stderr } = await itemcache(argv)
+  plain.close()
+  expect({ exitCode, stdout }).toEqual({ exitCode: 4, stdout: '' })
+  expect(stderr).toBe(`itemcache: cannot reach ${target}: TLS: wrong version number: does it speak TLS?\n`)
+})
+
 describe('serve', () => {
   test('becomes the service, where the repository is', async () => {
     const { stdout } = await run(process.execPath, [CLI, 'serve', '--', '--help'])
@@ -423,7 +442,17 @@ describe('completion', () => {
   test.each(['bash', 'zsh', 'fish'])('%s gets a script', async (shell) => {
     const script = await out('completion', shell)
     expect(script).toContain('itemcache complete --')
-    if (shell === 'bash') await run('bash', ['-n', '-c', script])
+  })
+
+  test('bash completes with the script, given what the package bash-completion defines', async () => {
+    const bash = `
+      _get_comp_words_by_ref() { words=("\${COMP_WORDS[@]}") cword=$COMP_CWORD cur=\${COMP_WORDS[COMP_CWORD]}; }
+      itemcache() { '${process.execPath}' '${CLI}' "$@"; }
+      ${await out('completion', 'bash')}
+      COMP_WORDS=(itemcache inv) COMP_CWORD=1
+      __itemcache_complete 2> /dev/null
+      printf '%s\\n' "\${COMPREPLY[@]}"`
+    expect((await run('bash', ['--norc', '-c', bash])).stdout).toBe('invalidate\n')
   })
 
   test('completes commands and their flags', async () => {

@@ -4,6 +4,7 @@ import {
   type Metadata,
   Server,
   ServerCredentials,
+  type ServerDuplexStream,
   type ServerUnaryCall,
   type ServerWritableStream,
   type ServiceDefinition,
@@ -26,17 +27,26 @@ export interface Seen<Name extends UnaryName> {
   readonly cancelled: Promise<void>
 }
 
+const STREAMS = ['watchMetrics', 'watchInvalidations', 'streamItems']
+
 /** Answers of unary methods: a message, or a status by throwing one. */
 export type Script = {
   [Name in UnaryName]?: (
     call: Seen<Name>,
   ) => MessageInitShape<Methods[Name]['output']> | Promise<MessageInitShape<Methods[Name]['output']>>
 } & {
-  /** Writes raw frames of a metrics stream. */
-  watchMetrics?: (
+  /** Writes raw frames of a stream. */
+  [Name in 'watchMetrics' | 'watchInvalidations']?: (
     call: ServerWritableStream<
-      MessageShape<Methods['watchMetrics']['input']>,
-      MessageInitShape<Methods['watchMetrics']['output']>
+      MessageShape<Methods[Name]['input']>,
+      MessageInitShape<Methods[Name]['output']>
+    >,
+  ) => void
+} & {
+  streamItems?: (
+    call: ServerDuplexStream<
+      MessageShape<Methods['streamItems']['input']>,
+      MessageInitShape<Methods['streamItems']['output']>
     >,
   ) => void
 }
@@ -68,7 +78,7 @@ export async function startScriptedServer(
   )
   const handlers = Object.entries(script).map(([name, handler]) => [
     name,
-    name === 'watchMetrics' ? handler : unary(handler as (call: unknown) => unknown),
+    STREAMS.includes(name) ? handler : unary(handler as (call: unknown) => unknown),
   ])
   const server = new Server()
   server.addService(definition, Object.fromEntries(handlers))

@@ -19,6 +19,8 @@ SERVICE_CONFIG = files("itemcache").joinpath("service_config.json").read_text("u
 #: The largest answer is a batch of 500 items of 256 KiB.
 _MAX_ANSWER_BYTES = 160 * 1024 * 1024
 
+_MAX_TIMEOUT = 24 * 3600.0
+
 ChannelOptions = Sequence[tuple[str, Any]]
 
 
@@ -92,9 +94,10 @@ def settings(
 
 
 def checked_timeout(timeout: float) -> float:
-    """Return it, if it is a time."""
+    """Return it, or a day if it is more, if it is a time."""
     if timeout > 0:
-        return timeout
+        # gRPC's own time ends somewhere beyond; nobody waits for longer.
+        return min(timeout, _MAX_TIMEOUT)
     raise errors.invalid(f"a timeout is more than 0 seconds, got {timeout}", "INVALID_TIMEOUT")
 
 

@@ -103,6 +103,7 @@ class Follower:
     what to yield and how many seconds to wait when it has ended, or raises why the watch cannot go on.
     """
 
+    @errors.encoding()
     def __init__(
         self,
         *,
@@ -137,7 +138,6 @@ class Follower:
 
     def begin(self, now: float) -> pb.WatchInvalidationsRequest:
         """Begin the next stream, at this time of the monotonic clock."""
-        self._established = False
         self._began = now
         self.silence = _FIRST_SILENCE
         request = pb.WatchInvalidationsRequest()
@@ -179,6 +179,7 @@ class Follower:
         yields: list[WatchMessage] = [Disconnected(error)] if self._established or self._failures == 0 else []
         backoff = min(_MAX_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
+        self._established = False
         return yields, random.random() * backoff
 
     def _start(self, started: pb.InvalidationsStarted) -> WatchMessage:
@@ -211,10 +212,14 @@ def _known(row: pb.InvalidationEvent) -> pb.InvalidationEvent:
 
 
 def _is_worth_a_retry(error: ItemCacheError, started: bool) -> bool:
-    """Once a watch has begun, too many watchers on an instance is as much a reason to try another as its end."""
+    """Say whether another attempt may do better.
+
+    Once a watch has begun, too many watchers on an instance is as much a reason to try another as its end, and a token that
+    cannot be had now may be had later.
+    """
     if error.code is grpc.StatusCode.UNAVAILABLE:
         return True
-    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED or error.reason == "NO_TOKEN":
         return started
     # What the service itself says has a reason; without one a connection broke.
     broke = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -85,6 +85,7 @@ class ReadOptions:
         )
 
 
+@errors.encoding()
 def get_request(id: str, options: ReadOptions, if_none_match: str) -> pb.GetItemRequest:
     """Ask for one item."""
     return pb.GetItemRequest(
@@ -100,12 +101,15 @@ def get_result(answer: pb.GetItemResponse) -> GetResult:
 
 def batch_requests(ids: Iterable[str], options: ReadOptions) -> Iterator[pb.BatchGetItemsRequest]:
     """Ask for many items, in as many batches as it takes."""
-    message, mask = options.message(), field_mask(options.fields)
+    with errors.encoding():
+        message, mask = options.message(), field_mask(options.fields)
     distinct = list(dict.fromkeys(ids))
     for begin in range(0, len(distinct), BATCH_IDS):
-        yield pb.BatchGetItemsRequest(
-            ids=distinct[begin : begin + BATCH_IDS], options=message, read_mask=mask
-        )
+        with errors.encoding():
+            request = pb.BatchGetItemsRequest(
+                ids=distinct[begin : begin + BATCH_IDS], options=message, read_mask=mask
+            )
+        yield request
 
 
 def batch_results(
@@ -129,11 +133,13 @@ def _unanswered(id: str) -> GetManyResult:
     return GetManyResult(id, None, errors.make(grpc.StatusCode.INTERNAL, message, id=id), None)
 
 
+@errors.encoding()
 def create_request(item: pb.Item, request_id: str | None) -> pb.CreateItemRequest:
     """Ask for an item to be created."""
     return pb.CreateItemRequest(item=item, request_id=_request_id(request_id))
 
 
+@errors.encoding()
 def update_request(
     item: pb.Item, fields: Fields, allow_missing: bool, request_id: str | None
 ) -> pb.UpdateItemRequest:
@@ -146,6 +152,7 @@ def update_request(
     )
 
 
+@errors.encoding()
 def delete_request(id: str, etag: str, allow_missing: bool, request_id: str | None) -> pb.DeleteItemRequest:
     """Ask for an item to be deleted."""
     return pb.DeleteItemRequest(
@@ -153,6 +160,7 @@ def delete_request(id: str, etag: str, allow_missing: bool, request_id: str | No
     )
 
 
+@errors.encoding()
 def invalidate_request(
     ids: Sequence[str] | None,
     tags: Sequence[str] | None,

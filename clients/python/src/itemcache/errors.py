@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Optional
 
@@ -152,6 +153,15 @@ def make(
 def invalid(message: str, reason: str = "INVALID_OPTION") -> ItemCacheError:
     """Say that an argument cannot be."""
     return make(grpc.StatusCode.INVALID_ARGUMENT, message, reason=reason)
+
+
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Make InvalidArgumentErrors of what no message can hold, as a number of more than 64 bits."""
+    try:
+        yield
+    except ValueError as cause:
+        raise invalid(str(cause), "NOT_ENCODABLE") from cause
 
 
 def of_item(result: BatchGetItemsResult) -> ItemCacheError:

@@ -2,7 +2,7 @@
 import { create, type JsonObject, toJson } from '@bufbuild/protobuf'
 import { timestampFromDate } from '@bufbuild/protobuf/wkt'
 import type { Client } from '../client.ts'
-import { CancelledError } from '../errors.ts'
+import { CancelledError, type ItemCacheError } from '../errors.ts'
 import type { InvalidationEvent, WatchMessage } from '../follow.ts'
 import { formatEvent, printable, type Style } from '../format.ts'
 import {
@@ -27,6 +27,7 @@ export async function watch(
   io: Io,
   style: Style,
 ): Promise<void> {
+  await reach(client)
   const signal = io.interruption?.()
   const messages = client.watch({ resumeAfter, ids, tags: tag, includeItems: items ?? false, signal })
   const say = (text: string) => void io.stdout.write(`${text}\n`)
@@ -73,6 +74,17 @@ export async function watch(
     if (!(error instanceof CancelledError && signal?.aborted)) throw error
   }
   if (!json && position !== undefined) note(`to go on: --resume-after ${position}`)
+}
+
+/** Fails as other commands do, and within their deadline, when nobody answers; a stream waits longer and says less. */
+async function reach(client: Client): Promise<void> {
+  try {
+    await client.metrics()
+  } catch (error) {
+    const { code, reason } = error as ItemCacheError
+    if (reason === undefined && (code === 'UNAVAILABLE' || code === 'DEADLINE_EXCEEDED')) throw error
+    // Somebody answers, and may refuse this call and yet allow the watch.
+  }
 }
 
 /** One document per message; heartbeats are none. */
