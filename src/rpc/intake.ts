@@ -198,6 +198,12 @@ export class Intake implements Disposable {
     else this.#streams.delete(session)
   }
 
+  /** Whether requests of unary calls are on their way. */
+  get receiving(): boolean {
+    for (const { kind, stream } of this.#calls) if (kind === 'unary' && !stream.readableEnded) return true
+    return false
+  }
+
   /** Streams that are open, whatever has become of their calls. */
   get streams(): number {
     return this.#open

@@ -135,7 +135,8 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       const timer = setTimeout(cut, timeoutMs)
       // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all calls have ended.
       const idle = setInterval(() => {
-        if (frame.metrics.openCalls === 0 && frame.metrics.openAnswers === 0) setTimeout(cut, LAST_WORDS_MS)
+        const { openCalls, openAnswers } = frame.metrics
+        if (openCalls === 0 && openAnswers === 0 && !intake.receiving) setTimeout(cut, LAST_WORDS_MS)
       }, LAST_WORDS_MS)
       server.tryShutdown(() => resolve())
       await promise

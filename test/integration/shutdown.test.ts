@@ -339,7 +339,7 @@ describe('the private servers', () => {
       await hurried.client.call('getItem', { id: 'kept' })
       using raw = new RawConnection(hurried.address)
       raw.begin('updateItem', 'default')
-      await expect.poll(() => heldCalls(hurried), PATIENT).toBeGreaterThan(0)
+      await expect.poll(() => heldStreams(hurried), PATIENT).toBeGreaterThan(0)
       await beginDrain(hurried, 'SIGINT')
       hurried.signal('SIGINT')
       expect(await endOf(hurried)).toEqual({ code: 130, signal: null })
@@ -354,8 +354,8 @@ describe('the private servers', () => {
   }, 120_000)
 
   /** Requests that have been begun: HTTP/2 streams, whatever has come of their content. */
-  async function heldCalls({ admin }: ServiceProcess): Promise<number> {
+  async function heldStreams({ admin }: ServiceProcess): Promise<number> {
     const text = await (await fetch(`http://${admin}/metrics`)).text()
-    return Number(/^itemcache_held\{what="open_answers"\} (\d+)$/m.exec(text)?.[1])
+    return Number(/^itemcache_held\{what="streams"\} (\d+)$/m.exec(text)?.[1])
   }
 })
