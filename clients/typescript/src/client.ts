@@ -28,7 +28,7 @@ import {
   type MetricsSnapshot,
   type ReadOptionsSchema,
 } from './gen/itemcache/v1/item_cache_pb.ts'
-import { NearCache, type NearCacheOptions, rowOf, tagsOf } from './near-cache.ts'
+import { type FetchMany, NearCache, type NearCacheOptions, rowOf, tagsOf } from './near-cache.ts'
 import type { LogRow, NearLog } from './near-log.ts'
 import type { NearStats } from './near-store.ts'
 import { Pipeline } from './pipeline.ts'
@@ -328,35 +328,10 @@ export class Client implements AsyncDisposable {
   async get(id: string, options: GetOptions = {}): Promise<GetResult> {
     const near = this.#near
     if (near === undefined) return this.#get(id, options)
-    const { freshness = 'default', fields, ifNoneMatch, metadata } = options
-    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
-      const hit = near.hit(id, options)
-      if (hit !== undefined) {
-        const notModified = ifNoneMatch !== undefined && hit.item?.etag === ifNoneMatch
-        return { ...hit, item: notModified ? undefined : hit.item, notModified, near: true }
-      }
-    }
-    if (freshness === 'cache-only') return this.#get(id, options)
-    if (fields !== undefined || ifNoneMatch !== undefined) {
-      // Not a whole item: of no use to the cache, but bound to what it knows.
-      const floor = near.floorOf([id])
-      const { minRevision = 0n } = options
-      return this.#get(id, { ...options, minRevision: floor > minRevision ? floor : minRevision })
-    }
-    const { minRevision, maxStalenessMs, allowStale } = options
-    const plain = freshness === 'default' && metadata === undefined && allowStale !== false
-    const shared =
-      plain && minRevision === undefined && maxStalenessMs === undefined && options.near !== false
-    const read = { ...options, timeoutMs: checkedTimeout(options.timeoutMs ?? this.#transport.timeoutMs) }
-    const answer = await near.load(id, read, shared, (atLeast, timeoutMs) =>
-      this.#get(id, {
-        ...options,
-        ...(shared && { signal: undefined }),
-        timeoutMs,
-        minRevision: atLeast,
-      }),
-    )
-    return 'near' in answer ? answer : { ...answer, notModified: false, near: true }
+    const hit = near.hit(id, options)
+    if (hit !== undefined) return hit
+    const timeoutMs = checkedTimeout(options.timeoutMs ?? this.#transport.timeoutMs)
+    return near.load(id, { ...options, timeoutMs }, (asked) => this.#get(id, asked))
   }
 
   /** Asks the service. */
@@ -390,46 +365,28 @@ export class Client implements AsyncDisposable {
     const distinct = [...new Set(ids)]
     const results = new Map<string, GetManyResult>(distinct.map((id) => [id, unanswered(id)]))
     const near = this.#near
+    const fetch: FetchMany = (some, asked, take) => this.#getBatches(some, asked, take)
     if (near === undefined) {
-      await this.#getBatches(distinct, options, 0n, (result) => results.set(result.id, result))
+      await fetch(distinct, options, (result) => results.set(result.id, result))
       return results
     }
-    const { freshness = 'default', fields, metadata } = options
-    let rest = distinct
-    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
-      rest = distinct.filter((id) => {
-        const held = nearResult(near, id, options)
-        if (held !== undefined) results.set(id, held)
-        return held === undefined
-      })
-    }
-    const overtaken: string[] = []
-    const { epoch } = near.log
-    const floor = freshness === 'cache-only' ? 0n : near.floorOf(rest)
-    await this.#getBatches(rest, options, floor, (result) => {
-      const { id, item, error, cache } = result
-      results.set(id, result)
-      if (fields !== undefined || (item === undefined && !(error instanceof NotFoundError))) return
-      if (!near.admit(id, item, cache, epoch) && freshness !== 'cache-only') overtaken.push(id)
+    const rest = distinct.filter((id) => {
+      const held = nearResult(near, id, options)
+      if (held !== undefined) results.set(id, held)
+      return held === undefined
     })
-    // Whatever an event has overtaken on its way is asked for again.
-    await this.#getBatches(overtaken, options, near.known(overtaken), (result) =>
-      results.set(result.id, result),
-    )
+    await near.loadMany(results, rest, options, fetch)
     return results
   }
 
   async #getBatches(
     ids: readonly string[],
     options: GetManyOptions,
-    atLeast: bigint,
     take: (result: GetManyResult) => void,
   ): Promise<void> {
     const failed = new AbortController()
     const signal = options.signal ? AbortSignal.any([options.signal, failed.signal]) : failed.signal
-    const { minRevision = 0n } = options
-    const read = readOptions({ ...options, minRevision: atLeast > minRevision ? atLeast : minRevision })
-    const common = { options: read, readMask: fieldMask(options.fields) }
+    const common = { options: readOptions(options), readMask: fieldMask(options.fields) }
     let next = 0
     const work = async () => {
       while (next < ids.length) {
