@@ -55,7 +55,7 @@ const invalidateTag = (revision: number) =>
   near.log.acknowledge({ revision, kind: 'TAGS_INVALIDATED', mode: 'EXPIRE', ids: [], tags: ['x'] })
 
 /** An item with the tag `x`, as of this revision. */
-function answer(id: string, asOf: bigint, outcome = CacheOutcome.HIT): GetResult {
+function answer(id: string, asOf: bigint, outcome: CacheOutcome = CacheOutcome.HIT): GetResult {
   return {
     item: create(ItemSchema, { id, etag: 'e', tags: ['x'], revision: 5n }),
     notModified: false,
@@ -87,7 +87,7 @@ const manyFrom =
   }
 
 const get = (options: GetOptions = {}, fetch = service(10n)) =>
-  near.hit('a', options) ?? near.load('a', { timeoutMs: 10_000, ...options }, fetch)
+  near.hit('a', options) ?? near.load('a', { ...options, timeoutMs: 10_000 }, fetch)
 
 async function getMany(options: GetManyOptions, one = service(10n), ids = ['a']) {
   const results = new Map<string, GetManyResult>()
