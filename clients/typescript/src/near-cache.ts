@@ -187,10 +187,10 @@ export class NearCache {
       const minRevision = floor > wanted ? floor : wanted
       try {
         const answer = await ask({ ...options, minRevision })
-        if (!isWhole || this.#admit(id, answer.item, answer.cache, epoch) || attempt === 3) return answer
+        if (this.#admit(id, answer.item, answer.cache, epoch, isWhole) || attempt === 3) return answer
       } catch (error) {
         if (error instanceof NotFoundError) {
-          if (!isWhole || this.#admit(id, undefined, error.cache, epoch) || attempt === 3) throw error
+          if (this.#admit(id, undefined, error.cache, epoch, isWhole) || attempt === 3) throw error
         } else if (error instanceof OutOfRangeError && minRevision > wanted) {
           // The log is another one: the stream will find that out, too.
           return await ask({ ...options, minRevision: wanted })
@@ -221,8 +221,7 @@ export class NearCache {
         const { id, item, error, cache } = result
         const isAnswer = item !== undefined || error instanceof NotFoundError
         if (error instanceof OutOfRangeError && minRevision > wanted) ofAnotherLog.push(id)
-        else if (isWhole && isAnswer && !this.#admit(id, item, cache, epoch) && attempt < 3)
-          overtaken.push(id)
+        else if (isAnswer && !this.#admit(id, item, cache, epoch, isWhole) && attempt < 3) overtaken.push(id)
         else return take(result, true)
         take(result, false)
       })
@@ -291,16 +290,25 @@ export class NearCache {
   }
 
   /**
-   * Takes an answer of the service for what it is: shown, and stored iff it passes. False when it is older than what is
-   * known here, so that the caller should ask again. What the service itself marks as stale is not stored.
+   * Takes an answer of the service for what it is: shown, and stored iff it is whole and passes. False when it is older
+   * than what is known here, so that the caller should ask again. What the service itself marks as stale is not stored.
    */
-  #admit(id: string, item: Item | undefined, cache: CacheStatus | undefined, epoch: number): boolean {
-    freeze(item)
+  #admit(
+    id: string,
+    item: Item | undefined,
+    cache: CacheStatus | undefined,
+    epoch: number,
+    isWhole: boolean,
+  ): boolean {
+    if (isWhole) freeze(item)
     freeze(cache)
     if (cache === undefined || epoch !== this.log.epoch) return true
     const tags = item === undefined ? [] : tagsOf(item)
     const copy = { id, asOf: Number(cache.asOf), tags, value: { item, cache } }
-    if (cache.outcome === CacheOutcome.STALE) return this.log.judge(copy) === 'current'
+    if (!isWhole || cache.outcome === CacheOutcome.STALE) {
+      this.log.shown(copy)
+      return !isWhole || this.log.judge(copy) === 'current'
+    }
     return this.#store.put(
       copy,
       item === undefined ? 256 + id.length : sizeOf(item),

@@ -392,7 +392,7 @@ test('nothing is served that is older than what the stream has shown, or than th
   let stale = 0
   await fc.assert(
     fc.asyncProperty(
-      fc.array(op, { minLength: 5, maxLength: 60 }),
+      fc.array(op, { minLength: 5, maxLength: 60, size: 'max' }),
       fc.constantFrom(2, 100),
       async (ops, maxEntries) => {
         const world = new World(maxEntries)
