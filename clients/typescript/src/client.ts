@@ -132,7 +132,10 @@ export interface ReadOptions {
   readonly maxStalenessMs?: number | undefined
   /** Whether a copy past its freshness may be served while it is reloaded. Default: true. */
   readonly allowStale?: boolean | undefined
-  /** `false`: the near cache does not answer. Its knowledge still counts: no answer is older. Default: true. */
+  /**
+   * `false`: the near cache does not answer, not even when the service does not. Its knowledge still counts: no answer
+   * is older. Default: true.
+   */
   readonly near?: boolean | undefined
   /** The fields of the item to return, as `title`, `price.units`, `imageUri` or `image_uri`. Default: all. */
   readonly fields?: readonly string[] | undefined
@@ -187,7 +190,10 @@ export interface Page {
   readonly cache: CacheStatus | undefined
 }
 
-/** The items one after the other, or page by page. Nothing is fetched before it is asked for. */
+/**
+ * The items one after the other, or, with `pages`, page by page: a page tells its cache status and revision. Nothing is
+ * fetched before it is asked for.
+ */
 export interface ItemList extends AsyncIterable<Item> {
   pages(): AsyncGenerator<Page, void, undefined>
 }
@@ -359,7 +365,8 @@ export class Client implements AsyncDisposable {
 
   /**
    * Any number of items, by their ids. An item that is missing or slow fails alone, with an `error` in its result.
-   * Asked for in batches of 500, each with its own deadline; rejects when a batch as a whole fails.
+   * Asked for in batches of 500, each with its own deadline; rejects when a batch as a whole fails. (With `maxStaleMs`, ids
+   * that the near cache holds get its copies then, and the others the error; it rejects when it holds none.)
    */
   async getMany(ids: Iterable<string>, options: GetManyOptions = {}): Promise<Map<string, GetManyResult>> {
     const distinct = [...new Set(ids)]
