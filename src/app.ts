@@ -285,6 +285,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   )
   metrics.held = () => ({
     unsent_bytes: unsent.bytes,
+    streams: grpc.streams(),
     health_names: grpc.watchedNames(),
     ...reader.held(),
     ...tail.held(),

@@ -585,7 +585,8 @@ const TABLE = {
     name: 'ITEMCACHE_FRESH_FOR',
     group: TIMES,
     default: '60s',
-    description: 'How long a copy is fresh (soft TTL). After that it is reloaded when it is asked for.',
+    description:
+      'How long a copy is fresh (soft TTL), in every tier. After that memory serves it once more, marked, while it is reloaded.',
     parse: duration(1, 720 * HOUR),
   },
   maxStale: {
@@ -744,7 +745,7 @@ const TABLE = {
     group: LIMITS,
     default: 'off',
     description:
-      'Calls that each tenant may make on this instance: per second, or per second:burst (100:500). A stream is one call. off: any number.',
+      'Calls that each tenant may make on this instance: per second, or per second:burst (100:500). A stream of invalidations or metrics is one call; each look-up of StreamItems is one. off: any number.',
     parse: rate,
   },
   maxMessageBytes: {
@@ -764,8 +765,9 @@ const TABLE = {
   maxCalls: {
     name: 'ITEMCACHE_MAX_CALLS',
     group: LIMITS,
-    default: '50000',
-    description: 'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED.',
+    default: '20000',
+    description:
+      'Most calls at once on all connections, streams included; one more is RESOURCE_EXHAUSTED. Beyond twice as many HTTP/2 streams the connection that has most is closed.',
     parse: count(1, 10_000_000),
   },
   maxAnswerMemory: {
@@ -789,7 +791,7 @@ const TABLE = {
     group: LIMITS,
     default: '256MiB',
     description:
-      'Most memory that requests which are being received may take, of all connections together, compressed ones as what they may become; one more is RESOURCE_EXHAUSTED.',
+      'Most memory that requests which are being received may take, of all connections together, compressed ones as twice what they may become; one more is RESOURCE_EXHAUSTED.',
     parse: size(MIB, 64 * GIB),
   },
   maxConnections: {

@@ -20,7 +20,7 @@ import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
-import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
+import { tooMuchUnsent, type Unsent, weightInStream, weightOf, whenClosed } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -163,14 +163,20 @@ export function unary<Request>(
     let context: CallContext | undefined
     const send = (reply: Reply) => {
       const weight = weightOf(reply)
+      const tenant = context?.tenant ?? ''
       // What has been written is acknowledged in any case.
-      if (writes || frame.unsent.hasRoomFor(weight)) {
-        frame.unsent.addUntilClosed(weight, call)
+      if (writes || frame.unsent.hasRoomFor(weight, tenant)) {
+        frame.unsent.addUntilClosed(weight, tenant, call)
         account.reply(context, callback, reply)
       } else account.refuse(context, callback, tooMuchUnsent())
     }
+    const answerLeft = () => {
+      frame.metrics.openAnswers--
+    }
     const answer = ({ tenant }: Identity) => {
-      if (writes && !frame.unsent.hasRoomFor(1)) throw tooMuchUnsent()
+      // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer.
+      if (whenClosed(call, answerLeft)) frame.metrics.openAnswers++
+      if (writes && !frame.unsent.mayWrite(tenant)) throw tooMuchUnsent()
       context = new CallContext(call, tenant, frame.maxDeadlineMs)
       const reply = handler(wellFormed(call.request), context)
       if (reply instanceof Promise) {
@@ -224,12 +230,12 @@ export function serverStream<Request>(
         const signal = AbortSignal.any([gone.signal, frame.hurrying])
         for await (const reply of handler(request, context, signals)) {
           const weight = weightOf(reply)
-          if (!frame.unsent.hasRoomFor(weight)) throw tooMuchUnsent()
-          frame.unsent.add(weight)
+          if (!frame.unsent.hasRoomFor(weight, identity.tenant)) throw tooMuchUnsent()
+          frame.unsent.add(weight, identity.tenant)
           try {
             await flushed(call, reply, signal)
           } finally {
-            frame.unsent.release(weight)
+            frame.unsent.release(weight, identity.tenant)
           }
         }
         gone.signal.throwIfAborted()
@@ -300,7 +306,7 @@ export function lookUpStream<Request>(
 
     const finish = () => {
       over = true
-      frame.unsent.release(unsentBytes)
+      frame.unsent.release(unsentBytes, context?.tenant ?? '')
       frame.draining.removeEventListener('abort', drain)
       forgetCredential?.()
     }
@@ -324,27 +330,28 @@ export function lookUpStream<Request>(
       endIfDone()
     }
     const readOn = () => {
-      if (!full && loading < MAX_LOADING && ending !== 'draining') call.resume()
+      if (!full && loading + unsent < MAX_LOADING && ending !== 'draining') call.resume()
     }
     const answer = (reply: Reply) => {
       if (over) return
-      const weight = weightOf(reply)
-      if (!frame.unsent.hasRoomFor(weight)) return fail(tooMuchUnsent())
-      frame.unsent.add(weight)
+      const weight = weightInStream(reply)
+      const tenant = context?.tenant ?? ''
+      if (!frame.unsent.hasRoomFor(weight, tenant)) return fail(tooMuchUnsent())
+      frame.unsent.add(weight, tenant)
       unsentBytes += weight
       unsent++
       full = !call.write(reply, () => {
         unsent--
         if (over) return
         unsentBytes -= weight
-        frame.unsent.release(weight)
+        frame.unsent.release(weight, tenant)
         endIfDone()
       })
       if (full) call.pause()
     }
     const load = async (late: Promise<Reply>, timer: { stop(): void }) => {
       loading++
-      if (loading >= MAX_LOADING) call.pause()
+      if (loading + unsent >= MAX_LOADING) call.pause()
       try {
         answer(await late)
       } catch (error) {

@@ -34,6 +34,8 @@ export interface IntakeOptions {
   readonly maxBytes: number
   /** No message is unpacked further than this. */
   readonly maxMessageBytes: number
+  /** Most streams of all connections together, whatever has become of their calls. */
+  readonly maxStreams: number
   readonly log: Logger
   readonly metrics: Metrics
   /** Monotonic, milliseconds. */
@@ -79,6 +81,9 @@ export class Intake implements Disposable {
   readonly #calls = new Set<Call>()
   readonly #all: Held
   readonly #byConnection = new WeakMap<object, Held>()
+  /** Open streams of each connection that has any, and of all. */
+  readonly #streams = new Map<Http2Session, number>()
+  #open = 0
   readonly #sweep: NodeJS.Timeout
   #sweeps = 0
   /** The call that grpc-js is just taking over. */
@@ -146,19 +151,22 @@ export class Intake implements Disposable {
       taken: undefined,
     }
     const { weight } = call
+    this.#opened(session)
+    if (stream.destroyed) {
+      stream.once('close', () => this.#closed(session))
+      return undefined
+    }
     const httpStatus = refusedAs(headers)
-    if (httpStatus !== undefined || !fitTimeout(headers)) {
-      stream.on('error', () => {})
-      if (httpStatus === undefined) this.#refuse(call, malformedTimeout())
-      else stream.respond({ ':status': httpStatus }, { endStream: true })
+    if (httpStatus !== undefined || kind === undefined || !fitTimeout(headers)) {
+      stream.on('error', () => {}).once('close', () => this.#closed(session))
+      if (httpStatus !== undefined) stream.respond({ ':status': httpStatus }, { endStream: true })
+      else this.#refuse(call, kind === undefined ? noSuchMethod(path) : malformedTimeout())
       return undefined
     }
     showRepeatedCredentials(headers, raw)
 
     let refused = false
     this.#calls.add(call)
-    // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer: its stream does.
-    if (kind === 'unary') this.#options.metrics.openAnswers++
     stream.on('data', (chunk: Buffer) => {
       if (refused || weight.add(chunk)) return
       refused = true
@@ -167,10 +175,32 @@ export class Intake implements Disposable {
     })
     stream.once('close', () => {
       weight.release()
-      if (kind === 'unary') this.#options.metrics.openAnswers--
       this.#calls.delete(call)
+      this.#closed(session)
     })
     return call
+  }
+
+  /** One stream too many costs the connection that has the most of them all that it has. */
+  #opened(session: Http2Session): void {
+    this.#open++
+    this.#streams.set(session, (this.#streams.get(session) ?? 0) + 1)
+    if (this.#open <= this.#options.maxStreams) return
+    const [most] = [...this.#streams].reduce((a, b) => (b[1] > a[1] ? b : a))
+    this.#options.log.warn({ streams: this.#streams.get(most) }, 'too many streams: a connection is cut off')
+    most.destroy(undefined, constants.NGHTTP2_ENHANCE_YOUR_CALM)
+  }
+
+  #closed(session: Http2Session): void {
+    this.#open--
+    const left = (this.#streams.get(session) ?? 0) - 1
+    if (left > 0) this.#streams.set(session, left)
+    else this.#streams.delete(session)
+  }
+
+  /** Streams that are open, whatever has become of their calls. */
+  get streams(): number {
+    return this.#open
   }
 
   #weigh(session: Http2Session, headers: IncomingHttpHeaders, kind: MethodKind): Weight {
@@ -223,6 +253,7 @@ export class Intake implements Disposable {
       taken.sendStatus(failure)
       return
     }
+    if (stream.destroyed || stream.closed || stream.headersSent) return
     const headers = {
       ':status': 200,
       'content-type': 'application/grpc+proto',
@@ -245,7 +276,7 @@ interface Call {
   readonly sinceMs: number
   readonly sinceSweep: number
   readonly weight: Weight
-  /** What grpc-js made of it; `undefined` while it has not, and when there is no such method. */
+  /** What grpc-js made of it; `undefined` while it has not. */
   taken: ServerInterceptingCallInterface | undefined
 }
 
@@ -360,7 +391,8 @@ class Weight {
       this.#headerBytes = 0
       this.#left = this.#length
       this.#waiting++
-      this.#extra = this.#compressed ? Math.min(this.#length * MAX_EXPANSION, this.#maxUnpacked) : 0
+      // Twice: grpc-js holds what it has unpacked in pieces, and then joined.
+      this.#extra = this.#compressed ? 2 * Math.min(this.#length * MAX_EXPANSION, this.#maxUnpacked) : 0
       sum += this.#extra
     }
     return sum
@@ -381,6 +413,11 @@ class Weight {
     this.#count()
   }
 }
+
+const noSuchMethod = (path: string) =>
+  new ItemCacheError('unimplemented', `there is no method ${path.slice(0, 256)}`, {
+    reason: 'NO_SUCH_METHOD',
+  })
 
 const malformedTimeout = () => {
   const rule = 'must be 1 to 8 digits and a unit: H, M, S, m, u, n'

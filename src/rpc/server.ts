@@ -3,7 +3,7 @@ import type { Http2Server } from 'node:http2'
 import { promisify } from 'node:util'
 import { type DescFile, toBinary } from '@bufbuild/protobuf'
 import { FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
-import { Server, ServerCredentials, setLogger } from '@grpc/grpc-js'
+import { Server, ServerCredentials, type ServerDuplexStream, setLogger } from '@grpc/grpc-js'
 import { ReflectionService } from '@grpc/reflection'
 import { HealthImplementation } from 'grpc-health-check'
 import type { Config, HostPort } from '../config.ts'
@@ -39,6 +39,8 @@ export interface GrpcServer {
   readonly address: HostPort
   /** Names whose health somebody has watched. */
   watchedNames(): number
+  /** HTTP/2 streams that are open, whatever has become of their calls. */
+  streams(): number
   /** Answers of `grpc.health.v1`, for the whole server and for the service. */
   setServing(serving: boolean): void
   /**
@@ -61,6 +63,8 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     maxConnectionBytes: grpc.maxSessionMemoryBytes,
     maxBytes: grpc.maxRequestMemoryBytes,
     maxMessageBytes: grpc.maxMessageBytes,
+    // Calls of other services, and those that have only begun, are no calls yet.
+    maxStreams: 2 * frame.maxCalls,
     log: frame.log,
     metrics: frame.metrics,
     now: frame.now,
@@ -88,7 +92,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
   const watchedNames = forgetStrangers(health)
   health.addToServer(server)
-  if (reflection) new ReflectionService(describedFiles()).addToServer(server)
+  if (reflection) new ReflectionService(describedFiles()).addToServer(unhurried(server))
 
   const host = listen.host.includes(':') ? `[${listen.host}]` : listen.host
   let port: number
@@ -112,6 +116,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   return {
     address: { host: listen.host, port },
     watchedNames,
+    streams: () => intake.streams,
     setServing,
     async drain(timeoutMs) {
       setServing(false)
@@ -155,6 +160,29 @@ interface Insides {
 function quiet(log: Logger): void {
   const line = (text: unknown) => log.debug({ text: String(text) }, 'grpc-js')
   setLogger({ error: line, info: line, debug: line })
+}
+
+/** The reflection service answers whatever comes, whether its caller takes the answers or not. Here it waits for them. */
+function unhurried(server: Server): Pick<Server, 'addService'> {
+  type Stream = ServerDuplexStream<unknown, unknown>
+  return {
+    addService(service, handlers) {
+      const bounded = Object.entries(handlers).map(([name, handler]) => [
+        name,
+        (stream: Stream) => {
+          const write = stream.write.bind(stream) as (answer: unknown) => boolean
+          stream.write = (answer: unknown) => {
+            const taken = write(answer)
+            if (!taken) stream.pause()
+            return taken
+          }
+          stream.on('drain', () => stream.resume())
+          ;(handler as (stream: Stream) => void)(stream)
+        },
+      ])
+      server.addService(service, Object.fromEntries(bounded))
+    },
+  }
 }
 
 /**

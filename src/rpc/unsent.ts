@@ -7,13 +7,30 @@ import { ItemCacheError } from '../errors.ts'
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
 const SMALL_BYTES = 4096
 
-/** What an answer counts. */
+/** What the answer of a call counts. */
 export function weightOf(reply: unknown): number {
   return reply instanceof Uint8Array && reply.byteLength > SMALL_BYTES ? reply.byteLength : 0
 }
 
+/** What an answer counts of which one call may have many. */
+export function weightInStream(reply: unknown): number {
+  return reply instanceof Uint8Array ? reply.byteLength : 0
+}
+
+/** Calls back when the HTTP/2 stream of a call is closed, which grpc-js keeps to itself; false when it is already. */
+export function whenClosed(call: ServerUnaryCall<unknown, unknown>, then: () => void): boolean {
+  const { stream } = (call as unknown as { readonly call: { readonly stream: Http2Stream } }).call
+  if (stream.destroyed) return false
+  stream.once('close', then)
+  return true
+}
+
+/** A tenant may hold this part of all. */
+const TENANT_SHARE = 1 / 2
+
 export class Unsent {
   #bytes = 0
+  readonly #byTenant = new Map<string, number>()
   readonly maxBytes: number
 
   /** One answer alone may be larger than `maxBytes`. */
@@ -25,25 +42,35 @@ export class Unsent {
     return this.#bytes
   }
 
-  hasRoomFor(weight: number): boolean {
-    return weight === 0 || this.#bytes === 0 || this.#bytes + weight <= this.maxBytes
+  hasRoomFor(weight: number, tenant: string): boolean {
+    if (weight === 0 || this.#bytes === 0) return true
+    if (this.#bytes + weight > this.maxBytes) return false
+    const own = this.#byTenant.get(tenant) ?? 0
+    return own === 0 || own + weight <= this.maxBytes * TENANT_SHARE
   }
 
-  add(weight: number): void {
-    this.#bytes += weight
+  /** A tenant that takes its answers may write, whatever others do: what a write answers is bounded by what it has sent. */
+  mayWrite(tenant: string): boolean {
+    return (this.#byTenant.get(tenant) ?? 0) < this.maxBytes * TENANT_SHARE
   }
 
-  release(weight: number): void {
-    this.#bytes -= weight
-  }
-
-  /** Counts the answer of a call until the call's HTTP/2 stream is closed, which grpc-js keeps to itself. */
-  addUntilClosed(weight: number, call: ServerUnaryCall<unknown, unknown>): void {
+  add(weight: number, tenant: string): void {
     if (weight === 0) return
-    const { stream } = (call as unknown as { readonly call: { readonly stream: Http2Stream } }).call
-    if (stream.destroyed) return
-    this.add(weight)
-    stream.once('close', () => this.release(weight))
+    this.#bytes += weight
+    this.#byTenant.set(tenant, (this.#byTenant.get(tenant) ?? 0) + weight)
+  }
+
+  release(weight: number, tenant: string): void {
+    if (weight === 0) return
+    this.#bytes -= weight
+    const own = (this.#byTenant.get(tenant) ?? 0) - weight
+    if (own > 0) this.#byTenant.set(tenant, own)
+    else this.#byTenant.delete(tenant)
+  }
+
+  /** Counts the answer of a call until the call's HTTP/2 stream is closed. */
+  addUntilClosed(weight: number, tenant: string, call: ServerUnaryCall<unknown, unknown>): void {
+    if (weight > 0 && whenClosed(call, () => this.release(weight, tenant))) this.add(weight, tenant)
   }
 }
 

@@ -70,7 +70,7 @@ describe('without any variable', () => {
       grpc: {
         maxMessageBytes: 4 * 1024 * 1024,
         maxConcurrentStreams: 1_000,
-        maxCalls: 50_000,
+        maxCalls: 20_000,
         maxAnswerMemoryBytes: 256 * 1024 * 1024,
         maxSessionMemoryBytes: 64 * 1024 * 1024,
         maxRequestMemoryBytes: 256 * 1024 * 1024,
