@@ -13,6 +13,7 @@ import {
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { type Caller, callerAs, newCaller } from '../support/caller.ts'
 import { startService, type TestService } from '../support/service.ts'
+import { unlessStalled } from '../support/stalls.ts'
 import { connectSql, logOf, revisionOf, type Sql, TIMELINE } from './postgres-fixture.ts'
 
 type Target = NonNullable<MessageInitShape<typeof InvalidateItemsRequestSchema>['target']>
@@ -403,26 +404,28 @@ describe('DeleteItem', () => {
 
 describe('after a write', () => {
   test('the same instance serves the new value from memory', async () => {
-    const caller = newCaller(service)
-    const created = await create(caller, 'a')
-    const first = await caller.call('getItem', { id: 'a' })
-    expect(first.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
-    expect(first.result.value).toEqual(created)
+    await unlessStalled(async () => {
+      const caller = newCaller(service)
+      const created = await create(caller, 'a')
+      const first = await caller.call('getItem', { id: 'a' })
+      expect(first.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
+      expect(first.result.value).toEqual(created)
 
-    const { item, revision } = await caller.call('updateItem', { item: { id: 'a', title: 'New' } })
-    const second = await caller.call('getItem', { id: 'a' })
-    expect(second.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
-    expect(second.result.value).toEqual(item)
-    expect(second.revision).toBe(revision)
+      const { item, revision } = await caller.call('updateItem', { item: { id: 'a', title: 'New' } })
+      const second = await caller.call('getItem', { id: 'a' })
+      expect(second.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
+      expect(second.result.value).toEqual(item)
+      expect(second.revision).toBe(revision)
 
-    await caller.call('deleteItem', { id: 'a' })
-    const third = await caller.failure('getItem', { id: 'a' })
-    expect(third.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.NEGATIVE_HIT })
+      await caller.call('deleteItem', { id: 'a' })
+      const third = await caller.failure('getItem', { id: 'a' })
+      expect(third.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.NEGATIVE_HIT })
 
-    await create(caller, 'a', { title: 'again' })
-    const fourth = await caller.call('getItem', { id: 'a' })
-    expect(fourth.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
-    expect(fourth.result.value).toMatchObject({ title: 'again' })
+      await create(caller, 'a', { title: 'again' })
+      const fourth = await caller.call('getItem', { id: 'a' })
+      expect(fourth.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
+      expect(fourth.result.value).toMatchObject({ title: 'again' })
+    })
   })
 
   test('another instance that is told its revision serves it, or newer', async () => {
@@ -572,51 +575,57 @@ describe('InvalidateItems', () => {
   }
 
   test.each(targets)('of %s with EXPIRE serves the old copy as stale while it reloads', async (target) => {
-    const caller = await warm()
-    const { revision } = await caller.call('invalidateItems', {
-      target: TARGETS[target],
-      mode: InvalidationMode.EXPIRE,
+    await unlessStalled(async () => {
+      const caller = await warm()
+      const { revision } = await caller.call('invalidateItems', {
+        target: TARGETS[target],
+        mode: InvalidationMode.EXPIRE,
+      })
+      expect(Number(revision)).toBe((await revisionOf(sql, caller.tenant)) + TIMELINE)
+      expect(await cacheOf(caller, 'a')).toMatchObject({
+        tier: Tier.MEMORY,
+        outcome: CacheOutcome.STALE,
+        staleReason: StaleReason.REVALIDATING,
+      })
+      await expect.poll(() => cacheOf(caller, 'a')).toMatchObject(current)
+      expect((await caller.call('getItem', { id: 'a' })).revision).toBeGreaterThanOrEqual(revision)
+      if (target !== 'all') expect(await cacheOf(caller, 'b')).toMatchObject(current)
     })
-    expect(Number(revision)).toBe((await revisionOf(sql, caller.tenant)) + TIMELINE)
-    expect(await cacheOf(caller, 'a')).toMatchObject({
-      tier: Tier.MEMORY,
-      outcome: CacheOutcome.STALE,
-      staleReason: StaleReason.REVALIDATING,
-    })
-    await expect.poll(() => cacheOf(caller, 'a')).toMatchObject(current)
-    expect((await caller.call('getItem', { id: 'a' })).revision).toBeGreaterThanOrEqual(revision)
-    if (target !== 'all') expect(await cacheOf(caller, 'b')).toMatchObject(current)
   })
 
   test.each(targets)('of %s with REMOVE never serves the old copy again', async (target) => {
-    const caller = await warm()
-    const { revision } = await caller.call('invalidateItems', {
-      target: TARGETS[target],
-      mode: InvalidationMode.REMOVE,
+    await unlessStalled(async () => {
+      const caller = await warm()
+      const { revision } = await caller.call('invalidateItems', {
+        target: TARGETS[target],
+        mode: InvalidationMode.REMOVE,
+      })
+      const nowhere = await caller.call('getItem', { id: 'a', options: cacheOnly })
+      expect(nowhere.result.case).toBeUndefined()
+      const first = await caller.call('getItem', { id: 'a' })
+      expect(first.cache).toMatchObject({ tier: Tier.POSTGRES, outcome: CacheOutcome.MISS })
+      expect(first.revision).toBeGreaterThanOrEqual(revision)
+      expect(await cacheOf(caller, 'a')).toMatchObject(current)
+      if (target !== 'all') expect(await cacheOf(caller, 'b')).toMatchObject(current)
     })
-    const nowhere = await caller.call('getItem', { id: 'a', options: cacheOnly })
-    expect(nowhere.result.case).toBeUndefined()
-    const first = await caller.call('getItem', { id: 'a' })
-    expect(first.cache).toMatchObject({ tier: Tier.POSTGRES, outcome: CacheOutcome.MISS })
-    expect(first.revision).toBeGreaterThanOrEqual(revision)
-    expect(await cacheOf(caller, 'a')).toMatchObject(current)
-    if (target !== 'all') expect(await cacheOf(caller, 'b')).toMatchObject(current)
   })
 
   test('reaches copies in Redis, too', async () => {
     await using small = await startService({ env: { ITEMCACHE_MEMORY_MAX_ENTRIES: '1' } })
     for (const target of targets) {
       for (const mode of [InvalidationMode.EXPIRE, InvalidationMode.REMOVE]) {
-        const caller = await warm(small)
-        expect(await cacheOf(caller, 'a', cacheOnly)).toMatchObject({
-          tier: Tier.REDIS,
-          outcome: CacheOutcome.HIT,
+        await unlessStalled(async () => {
+          const caller = await warm(small)
+          expect(await cacheOf(caller, 'a', cacheOnly)).toMatchObject({
+            tier: Tier.REDIS,
+            outcome: CacheOutcome.HIT,
+          })
+          await cacheOf(caller, 'b')
+          await caller.call('invalidateItems', { target: TARGETS[target], mode })
+          const { result, cache } = await caller.call('getItem', { id: 'a', options: cacheOnly })
+          if (mode === InvalidationMode.REMOVE) expect(result.case).toBeUndefined()
+          else expect(cache).toMatchObject({ tier: Tier.REDIS, outcome: CacheOutcome.STALE })
         })
-        await cacheOf(caller, 'b')
-        await caller.call('invalidateItems', { target: TARGETS[target], mode })
-        const { result, cache } = await caller.call('getItem', { id: 'a', options: cacheOnly })
-        if (mode === InvalidationMode.REMOVE) expect(result.case).toBeUndefined()
-        else expect(cache).toMatchObject({ tier: Tier.REDIS, outcome: CacheOutcome.STALE })
       }
     }
   })
@@ -631,10 +640,12 @@ describe('InvalidateItems', () => {
   })
 
   test('does not reach another tenant', async () => {
-    const [mine, theirs] = [await warm(), await warm()]
-    await mine.call('invalidateItems', { target: TARGETS.all, mode: InvalidationMode.REMOVE })
-    expect(await cacheOf(mine, 'a')).toMatchObject({ outcome: CacheOutcome.MISS })
-    expect(await cacheOf(theirs, 'a')).toMatchObject(current)
+    await unlessStalled(async () => {
+      const [mine, theirs] = [await warm(), await warm()]
+      await mine.call('invalidateItems', { target: TARGETS.all, mode: InvalidationMode.REMOVE })
+      expect(await cacheOf(mine, 'a')).toMatchObject({ outcome: CacheOutcome.MISS })
+      expect(await cacheOf(theirs, 'a')).toMatchObject(current)
+    })
   })
 
   test('changes no item', async () => {
@@ -669,22 +680,24 @@ describe('refresh_origin', () => {
     caller.call('invalidateItems', { target: { case: 'ids', value: { ids } }, refreshOrigin: true })
 
   test('fetches what the catalogue says now', async () => {
-    const caller = newCaller(service)
-    overridden.set('101', product('101', 'before')).set('102', product('102', 'same'))
-    expect((await read(caller, '101'))?.title).toBe('before')
-    const same = await read(caller, '102')
-    overridden.set('101', product('101', 'after'))
-    const { revision } = await refresh(caller, '101', '102', 'not-from-there')
-    const after = await caller.call('getItem', { id: '101' })
-    expect(after.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
-    // It was fetched before the invalidation was logged, and read again after.
-    expect(after.result.value).toMatchObject({
-      title: 'after',
-      source: ItemSource.ORIGIN,
-      revision: revision - 1n,
+    await unlessStalled(async () => {
+      const caller = newCaller(service)
+      overridden.set('101', product('101', 'before')).set('102', product('102', 'same'))
+      expect((await read(caller, '101'))?.title).toBe('before')
+      const same = await read(caller, '102')
+      overridden.set('101', product('101', 'after'))
+      const { revision } = await refresh(caller, '101', '102', 'not-from-there')
+      const after = await caller.call('getItem', { id: '101' })
+      expect(after.cache).toMatchObject({ tier: Tier.MEMORY, outcome: CacheOutcome.HIT })
+      // It was fetched before the invalidation was logged, and read again after.
+      expect(after.result.value).toMatchObject({
+        title: 'after',
+        source: ItemSource.ORIGIN,
+        revision: revision - 1n,
+      })
+      expect(after.revision).toBeGreaterThanOrEqual(revision)
+      expect(await read(caller, '102')).toEqual(same)
     })
-    expect(after.revision).toBeGreaterThanOrEqual(revision)
-    expect(await read(caller, '102')).toEqual(same)
   })
 
   test('is not done again by the retry of a call that succeeded', async () => {
@@ -702,11 +715,13 @@ describe('refresh_origin', () => {
   })
 
   test('loads an item that nobody has asked for yet', async () => {
-    const caller = newCaller(service)
-    await refresh(caller, '7')
-    const { cache, result } = await caller.call('getItem', { id: '7' })
-    expect(cache?.tier).toBe(Tier.MEMORY)
-    expect(result.value).toMatchObject({ source: ItemSource.ORIGIN })
+    await unlessStalled(async () => {
+      const caller = newCaller(service)
+      await refresh(caller, '7')
+      const { cache, result } = await caller.call('getItem', { id: '7' })
+      expect(cache?.tier).toBe(Tier.MEMORY)
+      expect(result.value).toMatchObject({ source: ItemSource.ORIGIN })
+    })
   })
 
   test('revives a deleted item that the origin still has', async () => {
