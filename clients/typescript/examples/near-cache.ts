@@ -10,9 +10,10 @@ await using client = connect(target, {
 // Until the invalidation stream has begun, every read goes to the service.
 while (client.nearStats()?.state !== 'current') await new Promise((resolve) => setTimeout(resolve, 20))
 
-for (let i = 1; i <= 3; i++) {
+for (let i = 1, isNear = false; !isNear; i++) {
   const { item, near } = await client.get('1')
   console.log(`read ${i}: ${item?.title}, from the ${near ? 'near cache' : 'service'}`)
+  isNear = near
 }
 await client.invalidate({ ids: ['1'] })
 console.log(`after an invalidation: from the ${(await client.get('1')).near ? 'near cache' : 'service'}`)

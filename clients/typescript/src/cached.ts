@@ -1,6 +1,7 @@
 /** `cached`: any async function of an id, with the near cache's rule and one load at a time for each id. */
 import type { Client } from './client.ts'
-import { CancelledError, InvalidArgumentError } from './errors.ts'
+import { InvalidArgumentError } from './errors.ts'
+import { Flights } from './flights.ts'
 import { type NearBounds, type NearStats, NearStore } from './near-store.ts'
 
 /** How results are kept. */
@@ -33,8 +34,9 @@ type Method<This, V> = (this: This, id: string) => Promise<V>
 /**
  * Wraps a function that loads something by an item's id. A result is dated by the position of the invalidation stream
  * when its load began, and is served until an event concerns the id or one of its `tags`: so it is never older than
- * what the stream has shown, provided that `load` reads the items through ItemCache or from the database. While the
- * log has not been heard of for 1.5 s, every call loads. Callers of one id share a load, unless an event has overtaken it.
+ * what the stream has shown, provided that `load` reads the items with `get` or `getMany` of this client, or from the
+ * database. (What `list` or another client answers may be older, and would be kept.) While the log has not been heard of
+ * for 1.5 s, nothing that is kept is served. Callers of one id share a load, unless an event has overtaken it.
  *
  * With options alone it is a standard decorator for methods: each object has results of its own.
  */
@@ -61,16 +63,7 @@ export function cached<This extends object, V>(
       let own = wrapped.get(this)
       if (own === undefined) {
         const client = typeof first.client === 'function' ? first.client(this) : first.client
-        // Not `this` itself: the log would hold the object for as long as the client lives.
-        const self = new WeakRef(this)
-        own = wrap(
-          (one) => {
-            const living = self.deref()
-            if (living === undefined) throw new CancelledError('the object is gone')
-            return method.call(living, one)
-          },
-          { ...first, client },
-        )
+        own = wrap((one) => method.call(this, one), { ...first, client })
         wrapped.set(this, own)
       }
       return own(id)
@@ -78,50 +71,38 @@ export function cached<This extends object, V>(
   }
 }
 
-interface Flight<V> {
+/** A result, dated by when its load began. */
+interface Loaded<V> {
+  readonly value: V
   readonly asOf: number
   readonly epoch: number
-  readonly result: Promise<V>
 }
 
 function wrap<V>(load: Loader<V>, options: CachedOptions<V>): Cached<V> {
   const { client, tags = () => [], ttlMs = 60_000, sizeOf = () => 1024 } = options
   const { log, now } = client.nearLog()
   const store = new NearStore<V>(log, options, now)
-  const flights = new Map<string, Flight<V>>()
+  const flights = new Flights<Loaded<V>>()
 
-  const start = (id: string): Promise<V> => {
-    const asOf = log.position
-    const { epoch } = log
-    const run = async () => {
-      try {
-        const value = await load(id)
-        if (epoch === log.epoch && log.state !== 'starting') {
-          store.put({ id, asOf, tags: tags(value), value }, sizeOf(value), ttlMs)
-        }
-        return value
-      } finally {
-        if (flights.get(id) === flight) flights.delete(id)
-      }
+  const loaded = async (id: string): Promise<Loaded<V>> => {
+    const { position: asOf, epoch } = log
+    const value = await load(id)
+    if (epoch === log.epoch && log.state !== 'starting') {
+      store.put({ id, asOf, tags: tags(value), value }, sizeOf(value), ttlMs)
     }
-    const flight: Flight<V> = { asOf, epoch, result: Promise.resolve().then(run) }
-    flights.set(id, flight)
-    return flight.result
+    return { value, asOf, epoch }
   }
 
   const call = async (id: string): Promise<V> => {
     const copy = store.get(id)
     if (copy !== undefined) return copy.value
-    const flight = flights.get(id)
-    if (flight === undefined || flight.epoch !== log.epoch) return start(id)
-    const value = await flight.result
     // Who came after an event must not get what was loaded before it.
-    const passes = log.judge({ id, asOf: flight.asOf, tags: tags(value) }) === 'current'
-    if (passes && log.isCurrent() && flight.epoch === log.epoch) {
-      store.coalesced++
-      return value
-    }
-    return start(id)
+    const passes = ({ value, asOf, epoch }: Loaded<V>, isLater: boolean) =>
+      isLater ||
+      (epoch === log.epoch && log.isCurrent() && log.judge({ id, asOf, tags: tags(value) }) === 'current')
+    const { result, shared } = await flights.share(id, () => loaded(id), passes)
+    if (shared) store.coalesced++
+    return result.value
   }
   return Object.assign(call, { stats: () => store.stats() })
 }

@@ -28,7 +28,7 @@ import {
   type MetricsSnapshot,
   type ReadOptionsSchema,
 } from './gen/itemcache/v1/item_cache_pb.ts'
-import { NearCache, type NearCacheOptions, rowOf, tagsOf } from './near-cache.ts'
+import { type FetchMany, NearCache, type NearCacheOptions, rowOf, tagsOf } from './near-cache.ts'
 import type { LogRow, NearLog } from './near-log.ts'
 import type { NearStats } from './near-store.ts'
 import { Pipeline } from './pipeline.ts'
@@ -132,7 +132,10 @@ export interface ReadOptions {
   readonly maxStalenessMs?: number | undefined
   /** Whether a copy past its freshness may be served while it is reloaded. Default: true. */
   readonly allowStale?: boolean | undefined
-  /** `false`: the near cache does not answer. Its knowledge still counts: no answer is older. Default: true. */
+  /**
+   * `false`: the near cache does not answer, not even when the service does not. Its knowledge still counts: no answer
+   * is older. Default: true.
+   */
   readonly near?: boolean | undefined
   /** The fields of the item to return, as `title`, `price.units`, `imageUri` or `image_uri`. Default: all. */
   readonly fields?: readonly string[] | undefined
@@ -187,7 +190,10 @@ export interface Page {
   readonly cache: CacheStatus | undefined
 }
 
-/** The items one after the other, or page by page. Nothing is fetched before it is asked for. */
+/**
+ * The items one after the other, or, with `pages`, page by page: a page tells its cache status and revision. Nothing is
+ * fetched before it is asked for.
+ */
 export interface ItemList extends AsyncIterable<Item> {
   pages(): AsyncGenerator<Page, void, undefined>
 }
@@ -328,35 +334,10 @@ export class Client implements AsyncDisposable {
   async get(id: string, options: GetOptions = {}): Promise<GetResult> {
     const near = this.#near
     if (near === undefined) return this.#get(id, options)
-    const { freshness = 'default', fields, ifNoneMatch, metadata } = options
-    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
-      const hit = near.hit(id, options)
-      if (hit !== undefined) {
-        const notModified = ifNoneMatch !== undefined && hit.item?.etag === ifNoneMatch
-        return { ...hit, item: notModified ? undefined : hit.item, notModified, near: true }
-      }
-    }
-    if (freshness === 'cache-only') return this.#get(id, options)
-    if (fields !== undefined || ifNoneMatch !== undefined) {
-      // Not a whole item: of no use to the cache, but bound to what it knows.
-      const floor = near.floorOf([id])
-      const { minRevision = 0n } = options
-      return this.#get(id, { ...options, minRevision: floor > minRevision ? floor : minRevision })
-    }
-    const { minRevision, maxStalenessMs, allowStale } = options
-    const plain = freshness === 'default' && metadata === undefined && allowStale !== false
-    const shared =
-      plain && minRevision === undefined && maxStalenessMs === undefined && options.near !== false
-    const read = { ...options, timeoutMs: checkedTimeout(options.timeoutMs ?? this.#transport.timeoutMs) }
-    const answer = await near.load(id, read, shared, (atLeast, timeoutMs) =>
-      this.#get(id, {
-        ...options,
-        ...(shared && { signal: undefined }),
-        timeoutMs,
-        minRevision: atLeast,
-      }),
-    )
-    return 'near' in answer ? answer : { ...answer, notModified: false, near: true }
+    const hit = near.hit(id, options)
+    if (hit !== undefined) return hit
+    const timeoutMs = checkedTimeout(options.timeoutMs ?? this.#transport.timeoutMs)
+    return near.load(id, { ...options, timeoutMs }, (asked) => this.#get(id, asked))
   }
 
   /** Asks the service. */
@@ -384,52 +365,35 @@ export class Client implements AsyncDisposable {
 
   /**
    * Any number of items, by their ids. An item that is missing or slow fails alone, with an `error` in its result.
-   * Asked for in batches of 500, each with its own deadline; rejects when a batch as a whole fails.
+   * Asked for in batches of 500, each with its own deadline; rejects when a batch as a whole fails. (With `maxStaleMs`, ids
+   * that the near cache holds get its copies then, and the others the error; it rejects when it holds none.)
    */
   async getMany(ids: Iterable<string>, options: GetManyOptions = {}): Promise<Map<string, GetManyResult>> {
     const distinct = [...new Set(ids)]
     const results = new Map<string, GetManyResult>(distinct.map((id) => [id, unanswered(id)]))
     const near = this.#near
+    const fetch: FetchMany = (some, asked, take) => this.#getBatches(some, asked, take)
     if (near === undefined) {
-      await this.#getBatches(distinct, options, 0n, (result) => results.set(result.id, result))
+      await fetch(distinct, options, (result) => results.set(result.id, result))
       return results
     }
-    const { freshness = 'default', fields, metadata } = options
-    let rest = distinct
-    if (options.near !== false && freshness !== 'fresh' && fields === undefined && metadata === undefined) {
-      rest = distinct.filter((id) => {
-        const held = nearResult(near, id, options)
-        if (held !== undefined) results.set(id, held)
-        return held === undefined
-      })
-    }
-    const overtaken: string[] = []
-    const { epoch } = near.log
-    const floor = freshness === 'cache-only' ? 0n : near.floorOf(rest)
-    await this.#getBatches(rest, options, floor, (result) => {
-      const { id, item, error, cache } = result
-      results.set(id, result)
-      if (fields !== undefined || (item === undefined && !(error instanceof NotFoundError))) return
-      if (!near.admit(id, item, cache, epoch) && freshness !== 'cache-only') overtaken.push(id)
+    const rest = distinct.filter((id) => {
+      const held = nearResult(near, id, options)
+      if (held !== undefined) results.set(id, held)
+      return held === undefined
     })
-    // Whatever an event has overtaken on its way is asked for again.
-    await this.#getBatches(overtaken, options, near.known(overtaken), (result) =>
-      results.set(result.id, result),
-    )
+    await near.loadMany(results, rest, options, fetch)
     return results
   }
 
   async #getBatches(
     ids: readonly string[],
     options: GetManyOptions,
-    atLeast: bigint,
     take: (result: GetManyResult) => void,
   ): Promise<void> {
     const failed = new AbortController()
     const signal = options.signal ? AbortSignal.any([options.signal, failed.signal]) : failed.signal
-    const { minRevision = 0n } = options
-    const read = readOptions({ ...options, minRevision: atLeast > minRevision ? atLeast : minRevision })
-    const common = { options: read, readMask: fieldMask(options.fields) }
+    const common = { options: readOptions(options), readMask: fieldMask(options.fields) }
     let next = 0
     const work = async () => {
       while (next < ids.length) {

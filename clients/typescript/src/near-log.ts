@@ -21,6 +21,7 @@ import {
   type Verdict,
   View,
 } from '../../../src/invalidation/view.ts'
+import type { ItemCacheError } from './errors.ts'
 
 export type { Dated, LogRow, Verdict } from '../../../src/invalidation/view.ts'
 
@@ -33,15 +34,17 @@ export type NearState = 'starting' | 'current' | 'lost'
 export class NearLog {
   readonly #now: () => number
   readonly #maxFloors: number
-  readonly #forget = new Set<() => void>()
   #view: View
   #started = false
   #heardAtMs = Number.NEGATIVE_INFINITY
   #told = 0
+  #toldOfTags = 0
   /** Raised when the history turned out to be another one: what was loaded before is not to be stored. */
   epoch = 0
   /** Whether the stream stands. */
   connected = false
+  /** Why it does not: the last error; `undefined` while it stands. */
+  error: ItemCacheError | undefined
 
   /** `now`: monotonic, milliseconds. */
   constructor({ now, maxFloors }: { readonly now: () => number; readonly maxFloors: number }) {
@@ -76,10 +79,13 @@ export class NearLog {
     return this.#view.stamp(asOf)
   }
 
-  /** What an answer for this id must reach at least. The floors of its tags are known when it is here. */
+  /**
+   * What an answer for this id must reach at least. The floors of its tags are known when it is here; but which tags it had
+   * when this process invalidated one is not, until the stream has come so far.
+   */
   floorOf(id: string): number {
     const { tenantFloor, keyFloor } = this.#view.describe(id, [])
-    return Math.max(tenantFloor, keyFloor)
+    return Math.max(tenantFloor, keyFloor, this.#toldOfTags)
   }
 
   /** Activation: what follows is after `position`, and all that is older is distrusted, as is what was told before. */
@@ -110,6 +116,7 @@ export class NearLog {
   /** A write of this process was acknowledged, or an event was shown to it. */
   acknowledge(row: LogRow): void {
     this.#told = Math.max(this.#told, row.revision)
+    if (row.kind === 'TAGS_INVALIDATED') this.#toldOfTags = Math.max(this.#toldOfTags, row.revision)
     this.#view.seen(row.revision)
     if (row.revision > this.#view.position) this.#view.acknowledge(row)
   }
@@ -128,12 +135,18 @@ export class NearLog {
     this.#started = false
     this.#heardAtMs = Number.NEGATIVE_INFINITY
     this.#told = 0
-    for (const forget of this.#forget) forget()
+    this.#toldOfTags = 0
   }
 
-  /** `forget` is called at each `reset`. Returns what undoes that. */
-  onReset(forget: () => void): () => void {
-    this.#forget.add(forget)
-    return () => this.#forget.delete(forget)
+  /** The stream stands. */
+  stands(): void {
+    this.connected = true
+    this.error = undefined
+  }
+
+  /** The stream has broken, or could not begin. */
+  fell(error: ItemCacheError): void {
+    this.connected = false
+    this.error = error
   }
 }

@@ -1,5 +1,6 @@
 /** Dated copies in the server's LRU, judged by a near log whenever one is looked up. */
 import { Lru } from '../../../src/tiers/lru.ts'
+import type { ItemCacheError } from './errors.ts'
 import type { NearLog, NearState } from './near-log.ts'
 
 /** The bounds of a near cache. */
@@ -28,6 +29,8 @@ export interface NearStats {
   readonly state: NearState
   /** Whether the invalidation stream stands now. */
   readonly connected: boolean
+  /** Why it does not: the last error; `undefined` while it stands. */
+  readonly error: ItemCacheError | undefined
   /** The revision up to which invalidations have been applied. */
   readonly position: bigint
   /** Milliseconds since the log was heard of for certain: what is served is at most so far behind. */
@@ -42,7 +45,8 @@ export interface Copy<V> {
   asOf: number
 }
 
-interface Stored<V> extends Copy<V> {
+/** A copy, and when it came, by the store's clock. */
+export interface Stored<V> extends Copy<V> {
   readonly storedAtMs: number
 }
 
@@ -50,7 +54,7 @@ export class NearStore<V> {
   readonly log: NearLog
   readonly #now: () => number
   readonly #lru: Lru<Stored<V>>
-  readonly #stop: () => void
+  #epoch: number
   #hits = 0
   #misses = 0
   #refused = 0
@@ -62,18 +66,23 @@ export class NearStore<V> {
     this.log = log
     this.#now = now
     this.#lru = new Lru({ maxEntries, maxBytes, now })
-    this.#stop = log.onReset(() => this.#lru.clear())
+    this.#epoch = log.epoch
+  }
+
+  /** What is held of the history that the log is of. */
+  get #held(): Lru<Stored<V>> {
+    if (this.#epoch !== this.log.epoch) {
+      this.#lru.clear()
+      this.#epoch = this.log.epoch
+    }
+    return this.#lru
   }
 
   /** A copy that is current and fresh, stamped; counted. */
-  get(id: string): (Copy<V> & { readonly storedAtMs: number }) | undefined {
-    const stored = this.#lru.get(id)
-    if (
-      stored === undefined ||
-      this.#lru.stale ||
-      !this.log.isCurrent() ||
-      this.log.judge(stored) !== 'current'
-    ) {
+  get(id: string): Stored<V> | undefined {
+    const held = this.#held
+    const stored = held.get(id)
+    if (stored === undefined || held.stale || !this.log.isCurrent() || this.log.judge(stored) !== 'current') {
       this.#misses++
       return undefined
     }
@@ -89,8 +98,8 @@ export class NearStore<V> {
   }
 
   /** A copy to show, marked, when there is nothing else: stored at most `maxStaleMs` ago and not removed since. */
-  stale(id: string, maxStaleMs: number): (Copy<V> & { readonly storedAtMs: number }) | undefined {
-    const stored = this.#lru.peek(id)
+  stale(id: string, maxStaleMs: number): Stored<V> | undefined {
+    const stored = this.#held.peek(id)
     if (stored === undefined || this.#now() - stored.storedAtMs > maxStaleMs) return undefined
     return this.log.judge(stored) === 'removed' ? undefined : stored
   }
@@ -103,21 +112,21 @@ export class NearStore<V> {
       return false
     }
     // A load that took long must not replace what a later one has brought.
-    const held = this.#lru.peek(copy.id)
+    const held = this.#held.peek(copy.id)
     if (held !== undefined && held.asOf > copy.asOf) return true
     const nowMs = this.#now()
-    this.#lru.set(copy.id, { ...copy, storedAtMs: nowMs }, Math.ceil(cost), nowMs + freshForMs)
+    this.#held.set(copy.id, { ...copy, storedAtMs: nowMs }, Math.ceil(cost), nowMs + freshForMs)
     return true
   }
 
   /** The revision of the content held, judged or not; for tests of whether a copy is known already. */
   peek(id: string): Copy<V> | undefined {
-    return this.#lru.peek(id)
+    return this.#held.peek(id)
   }
 
   stats(): NearStats {
-    const { evictions, entries, bytes } = this.#lru.stats()
-    const { state, connected, position, lagMs } = this.log
+    const { evictions, entries, bytes } = this.#held.stats()
+    const { state, connected, error, position, lagMs } = this.log
     return {
       hits: this.#hits,
       misses: this.#misses,
@@ -129,13 +138,13 @@ export class NearStore<V> {
       bytes,
       state,
       connected,
+      error,
       position: BigInt(position),
       lagMs,
     }
   }
 
   close(): void {
-    this.#stop()
     this.#lru.clear()
   }
 }

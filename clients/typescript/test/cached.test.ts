@@ -74,6 +74,33 @@ describe('cached', () => {
     expect(get.stats().refused).toBe(1)
   })
 
+  test('an event during a load costs one more load, however many ask', async () => {
+    const { load, loads, settled } = gated()
+    const get = cached(load, { client })
+    const before = get('a')
+    await settled()
+    const during = Array.from({ length: 100 }, () => get('a'))
+    log.event(upserted(11, 'a'))
+    loads[0]?.resolve('old')
+    await settled()
+    expect(loads).toHaveLength(2)
+    loads[1]?.resolve('new')
+    expect(await before).toBe('old')
+    expect(new Set(await Promise.all(during))).toEqual(new Set(['new']))
+  })
+
+  test('nothing is kept from another history', async () => {
+    let loads = 0
+    const get = cached(async () => ++loads, { client })
+    await get('a')
+    log.reset()
+    log.started(5)
+    log.heartbeat(5, nowMs)
+    expect(get.stats().entries).toBe(0)
+    expect(await get('a')).toBe(2)
+    expect(await get('a')).toBe(2)
+  })
+
   test('an invalidation of a tag concerns the results that depend on it', async () => {
     let loads = 0
     const get = cached(async (id) => ({ id, n: ++loads }), { client, tags: ({ id }) => [`tag-${id}`] })

@@ -35,7 +35,12 @@ await client.get('absent').catch((error: unknown) => {
 while (!(await client.get('a')).near) await new Promise((resolve) => setTimeout(resolve, 20))
 console.log('near')
 const pages = new Pages()
-console.log(await pages.page('a'), await pages.page('a'), pages.made)
+console.log(await pages.page('a'))
+for (let made = 0; made < pages.made; ) {
+  made = pages.made
+  await pages.page('a')
+}
+console.log('kept')
 let expected = revision
 for await (const message of client.watch({ resumeAfter: revision })) {
   if (message.kind === 'started') console.log('watching')
@@ -120,7 +125,7 @@ test('a new project installs it, compiles strictly, reads, keeps near, and watch
     }
     await writer.create({ id: 'last' })
     expect(await ended).toBe(0)
-    expect(out).toMatch(/^get A\nabsent NOT_FOUND\nnear\n<A> <A> 1\nwatching\n/)
+    expect(out).toMatch(/^get A\nabsent NOT_FOUND\nnear\n<A>\nkept\nwatching\n/)
   } finally {
     await rm(directory, { recursive: true, force: true })
   }
