@@ -133,7 +133,8 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
         resolve()
       }
       const timer = setTimeout(cut, timeoutMs)
-      // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all calls have ended.
+      // Streams of others (somebody who watches our health, a watcher who never reads) would keep the server up when all
+      // calls have ended.
       const idle = setInterval(() => {
         const { openCalls, openAnswers } = frame.metrics
         if (openCalls === 0 && openAnswers === 0 && !intake.receiving) setTimeout(cut, LAST_WORDS_MS)

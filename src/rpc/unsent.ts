@@ -7,14 +7,15 @@ import { ItemCacheError } from '../errors.ts'
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
 const SMALL_BYTES = 4096
 
-/** What the answer of a call counts. */
-export function weightOf(reply: unknown): number {
-  return reply instanceof Uint8Array && reply.byteLength > SMALL_BYTES ? reply.byteLength : 0
-}
-
 /** What an answer counts of which one call may have many. */
 export function weightInStream(reply: unknown): number {
   return reply instanceof Uint8Array ? reply.byteLength : 0
+}
+
+/** What the answer of a call counts. */
+export function weightOf(reply: unknown): number {
+  const bytes = weightInStream(reply)
+  return bytes > SMALL_BYTES ? bytes : 0
 }
 
 /** Calls back when the HTTP/2 stream of a call is closed, which grpc-js keeps to itself; false when it is already. */

@@ -300,9 +300,7 @@ export class Reader {
       id,
       options,
       { fallback: copy, skipped },
-      'SOFT_TIMEOUT',
-      false,
-      false,
+      { reason: 'SOFT_TIMEOUT' },
     )
     if (stale !== undefined) return stale
     return this.#nothing(skipped)
@@ -381,8 +379,8 @@ export class Reader {
   ): Promise<Landed | Answer> {
     using _waiting = flight.board()
     const { promise } = flight.result
-    const instead = (reason: StaleReason, superseded: boolean, tier: TierName = 'postgres') =>
-      this.#staleInstead(tenant, flight.id, options, flight, reason, superseded, joined, tier)
+    const instead = (why: Why) =>
+      this.#staleInstead(tenant, flight.id, options, flight, { ...why, coalesced: joined })
     if (!options.allowStale || options.freshness === 'FRESH') return await untilAborted(promise, signal)
     const { promise: late, resolve: isLate } = Promise.withResolvers<undefined>()
     const timer = setTimeout(isLate, this.#options.softTimeoutMs, undefined)
@@ -393,7 +391,7 @@ export class Reader {
       if (down) {
         const first = await untilAborted(Promise.race([promise, flight.cachesAsked.promise, late]), signal)
         if (first !== undefined) return first
-        const stale = instead('TIER_DOWN', false)
+        const stale = instead({ reason: 'TIER_DOWN' })
         if (stale !== undefined) {
           this.#goOn(flight)
           return stale
@@ -401,14 +399,15 @@ export class Reader {
       }
       const first = await untilAborted(Promise.race([promise, late]), signal)
       if (first !== undefined) return first
-      const stale = instead(down ? 'TIER_DOWN' : 'SOFT_TIMEOUT', down)
+      const stale = instead({ reason: down ? 'TIER_DOWN' : 'SOFT_TIMEOUT', supersededToo: down })
       if (stale === undefined) return await untilAborted(promise, signal)
       this.#goOn(flight)
       return stale
     } catch (error) {
       const down = whyNoAnswer(error)
-      const tier = down?.startsWith('ORIGIN') ? 'origin' : 'postgres'
-      const stale = down === undefined ? undefined : instead('TIER_DOWN', true, tier)
+      const tierDown = down?.startsWith('ORIGIN') ? 'origin' : 'postgres'
+      const stale =
+        down === undefined ? undefined : instead({ reason: 'TIER_DOWN', supersededToo: true, tierDown })
       if (stale !== undefined) return stale
       throw error
     } finally {
@@ -425,12 +424,7 @@ export class Reader {
     id: string,
     options: ReadOptions,
     { fallback, skipped }: Pick<Flight, 'fallback' | 'skipped'>,
-    reason: StaleReason,
-    /** Whether a copy will do whose content is known to have changed. */
-    supersededToo: boolean,
-    coalesced: boolean,
-    /** The tier that kept a better answer back. */
-    tierDown: TierName = 'postgres',
+    { reason, supersededToo = false, coalesced = false, tierDown = 'postgres' }: Why,
   ): Answer | undefined {
     const { tail, memory } = this.#parts
     const view = tail.view(tenant)
@@ -509,6 +503,16 @@ export class Reader {
     if (tier === undefined) metrics.failedReads++
     else metrics.countRead(tier, outcome)
   }
+}
+
+/** Why a reader gets a stale copy instead of a better answer. */
+interface Why {
+  readonly reason: StaleReason
+  /** Whether a copy will do whose content is known to have changed. Default: false. */
+  readonly supersededToo?: boolean
+  readonly coalesced?: boolean
+  /** The tier that kept a better answer back. Default: PostgreSQL. */
+  readonly tierDown?: TierName
 }
 
 /** The reason of a tier below that is down, or has too much to do; `undefined` for all other errors. */

@@ -55,8 +55,7 @@ export class Writer {
 
   async create(write: Write, id: string, draft: ItemDraft): Promise<Written> {
     await this.#loadFirst(write, id)
-    const sentAtMs = this.#parts.reader.now()
-    return this.#acknowledge(write, await this.#parts.postgres.create(write, id, draft), sentAtMs)
+    return this.#acknowledge(write, (postgres) => postgres.create(write, id, draft))
   }
 
   async update(
@@ -66,15 +65,12 @@ export class Writer {
     change: (current: ItemDraft | undefined) => ItemDraft,
   ): Promise<Written> {
     await this.#loadFirst(write, id)
-    const sentAtMs = this.#parts.reader.now()
-    const written = await this.#parts.postgres.update(write, id, precondition, change)
-    return this.#acknowledge(write, written, sentAtMs)
+    return this.#acknowledge(write, (postgres) => postgres.update(write, id, precondition, change))
   }
 
   async delete(write: Write, id: string, precondition: Precondition): Promise<Written> {
     await this.#loadFirst(write, id)
-    const sentAtMs = this.#parts.reader.now()
-    return this.#acknowledge(write, await this.#parts.postgres.delete(write, id, precondition), sentAtMs)
+    return this.#acknowledge(write, (postgres) => postgres.delete(write, id, precondition))
   }
 
   /**
@@ -144,8 +140,10 @@ export class Writer {
     if (snapshot?.state === 'unknown') await reader.loaded(write.tenant, id, write.signal)
   }
 
-  async #acknowledge(write: Write, written: Written, sentAtMs: number): Promise<Written> {
-    const { reader } = this.#parts
+  async #acknowledge(write: Write, send: (postgres: StoreTier) => Promise<Written>): Promise<Written> {
+    const { reader, postgres } = this.#parts
+    const sentAtMs = reader.now()
+    const written = await send(postgres)
     this.#raise(write.tenant, written.snapshot, written.revision, written.formerTags)
     // A replayed outcome is old news: others may have written since, so it is told but not kept.
     if (!written.replayed) {

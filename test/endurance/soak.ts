@@ -18,7 +18,7 @@ import { startPostgres } from '../../src/embedded/postgres.ts'
 import type { InvalidateItemsRequestSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { Caller, isFailed } from '../consistency/client.ts'
 import { connectSql, Instance, RedisServer } from '../consistency/servers.ts'
-import { RawConnection } from '../support/raw.ts'
+import { CallerConnection } from '../support/http2-calls.ts'
 import { makeRunDirectory } from '../support/run-directory.ts'
 import { seededRandom, zipfTrace } from '../support/zipf.ts'
 
@@ -394,7 +394,7 @@ class Load {
       came++
       const tenant = this.#tenant()
       if (came % 2 === 0) {
-        using connection = new RawConnection(this.#address)
+        using connection = new CallerConnection(this.#address)
         for (let i = 0; i < 5; i++) {
           connection.open('getItem', { id: this.#key() }, tenant).resume()
           connection.open('watchInvalidations', {}, tenant).resume()
@@ -442,7 +442,7 @@ class Load {
     while (!this.over) {
       using connections = new DisposableStack()
       const streams = Array.from({ length: SLOW_WATCHERS }, (_, i) => {
-        const connection = connections.use(new RawConnection(this.#address))
+        const connection = connections.use(new CallerConnection(this.#address))
         return connection.open('watchInvalidations', { includeItems: i % 2 === 0 }, TENANTS[i % 2] ?? '')
       })
       const sips = setInterval(() => {

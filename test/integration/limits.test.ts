@@ -16,7 +16,8 @@ import {
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { startAdmin } from '../../src/observe/admin.ts'
 import { callerAs } from '../support/caller.ts'
-import { framed, RawConnection } from '../support/raw.ts'
+import { CallerConnection } from '../support/http2-calls.ts'
+import { grpcMessage } from '../support/http2-frames.ts'
 import { startService, type TestService } from '../support/service.ts'
 import { by, connectSql, openStore } from './postgres-fixture.ts'
 
@@ -76,7 +77,7 @@ describe('callers who do not take their answers', () => {
     await using service = await start()
     const { client } = service
     {
-      using raw = new RawConnection(service.address)
+      using raw = new CallerConnection(service.address)
       // Opened at once, before the first answer: no bound of a connection would stop any of them.
       for (let i = 0; i < 50; i++) raw.open('batchGetItems', { ids }, 'default')
       await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(KIB * KIB)
@@ -98,11 +99,13 @@ describe('callers who do not take their answers', () => {
   test('of look-ups count, however small they are', async () => {
     await using service = await start()
     await service.client.call('createItem', { item: { id: 'medium', description: 'd'.repeat(3 * KIB) } })
-    using raw = new RawConnection(service.address)
+    using raw = new CallerConnection(service.address)
     const stream = raw.begin('streamItems', 'default')
     // 64 KiB are on their way to a caller who reads nothing.
     for (let n = 1n; n <= 100n; n++) {
-      stream.write(framed(toBinary(LookUp.input, create(LookUp.input, { correlationId: n, id: 'medium' }))))
+      stream.write(
+        grpcMessage(toBinary(LookUp.input, create(LookUp.input, { correlationId: n, id: 'medium' }))),
+      )
     }
     await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(10 * KIB)
     stream.resume()
@@ -111,7 +114,7 @@ describe('callers who do not take their answers', () => {
 
   test('of look-ups lose their stream when there is no room, and what it held is free again', async () => {
     await using service = await start()
-    using raw = new RawConnection(service.address)
+    using raw = new CallerConnection(service.address)
     raw.open('batchGetItems', { ids }, 'default')
     await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(KIB * KIB)
     const stream = raw.open('streamItems', { correlationId: 1n, id: 'large' }, 'default')
@@ -121,10 +124,12 @@ describe('callers who do not take their answers', () => {
     await expect.poll(() => held(service, 'unsent_bytes')).toBe(0)
     // Answers that wait for their caller, who takes them in the end, or goes.
     for (const end of ['takes', 'goes']) {
-      using other = new RawConnection(service.address)
+      using other = new CallerConnection(service.address)
       const slow = other.begin('streamItems', 'default')
       for (let n = 1n; n <= 2n; n++) {
-        slow.write(framed(toBinary(LookUp.input, create(LookUp.input, { correlationId: n, id: 'large' }))))
+        slow.write(
+          grpcMessage(toBinary(LookUp.input, create(LookUp.input, { correlationId: n, id: 'large' }))),
+        )
       }
       await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(300 * KIB)
       if (end === 'takes') slow.resume()
@@ -135,7 +140,7 @@ describe('callers who do not take their answers', () => {
 
   test('of invalidations hold one message each, and get all the others when they read on', async () => {
     await using service = await startService()
-    using raw = new RawConnection(service.address)
+    using raw = new CallerConnection(service.address)
     const stream = raw.open('watchInvalidations', { includeItems: true }, 'default')
     await expect.poll(() => service.app.metrics.subscribers).toBe(1)
     const writes = 40
@@ -156,13 +161,13 @@ describe('callers who do not take their answers', () => {
     await using service = await startService({ env: { ITEMCACHE_MAX_ANSWER_MEMORY: '6MiB' } })
     const create = (id: string) =>
       service.client.call('createItem', { item: { id, description: 'd'.repeat(200 * KIB) } })
-    using raw = new RawConnection(service.address)
+    using raw = new CallerConnection(service.address)
     for (let n = 0; n < 10; n++) raw.open('watchInvalidations', { includeItems: true }, 'default')
     await expect.poll(() => service.app.metrics.subscribers).toBe(10)
     await create('first')
     await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(7 * 200 * KIB)
 
-    using other = new RawConnection(service.address)
+    using other = new CallerConnection(service.address)
     const events = eventsOf(other.open('watchInvalidations', { includeItems: true }, 'default'))
     await expect.poll(() => service.app.metrics.subscribers).toBe(11)
     await create('second')
@@ -180,7 +185,7 @@ test('a connection whose answers are not taken gets no further calls; others do'
   await using service = await startService({ env: { ITEMCACHE_MAX_SESSION_MEMORY: '1MiB' } })
   const { client } = service
   await client.call('createItem', { item: { id: 'large', description: 'd'.repeat(200 * KIB) } })
-  using raw = new RawConnection(service.address)
+  using raw = new CallerConnection(service.address)
   raw.open('batchGetItems', { ids: Array.from({ length: 20 }, () => 'large') }, 'default')
   await expect.poll(() => held(service, 'unsent_bytes')).toBeGreaterThan(KIB * KIB)
   const refused = raw.open('getItem', { id: '1' }, 'default')

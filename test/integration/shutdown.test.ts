@@ -13,8 +13,8 @@ import {
   HealthCheckResponse_ServingStatus as Serving,
 } from '../../src/gen/health/v1/health_pb.ts'
 import type { WatchInvalidationsResponse } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { CallerConnection } from '../support/http2-calls.ts'
 import { type Ended, type ServiceProcess, startProcess } from '../support/process.ts'
-import { RawConnection } from '../support/raw.ts'
 import { makeRunDirectory } from '../support/run-directory.ts'
 import { freshDatabase, redisUrl } from '../support/servers.ts'
 import { failureOf, TestClient } from '../support/service.ts'
@@ -216,7 +216,7 @@ async function hungService(more: Readonly<Record<string, string>>) {
   const { client } = service
   await client.call('createItem', { item: { id: 'locked' } }, TENANT)
   started.use(await lockItem(database.superuserUrl, 'locked'))
-  const raw = started.use(new RawConnection(service.address))
+  const raw = started.use(new CallerConnection(service.address))
   // Watchers who never read, and one who is behind; a request that never ends; look-ups that never end.
   raw.open('watchInvalidations', { includeItems: true }, 'acme')
   raw.open('watchInvalidations', { resumeAfter: 0n }, 'acme')
@@ -337,7 +337,7 @@ describe('the private servers', () => {
       await using hurried = await start(dataDir)
       const pids = running()
       await hurried.client.call('getItem', { id: 'kept' })
-      using raw = new RawConnection(hurried.address)
+      using raw = new CallerConnection(hurried.address)
       raw.begin('updateItem', 'default')
       await expect.poll(() => heldStreams(hurried), PATIENT).toBeGreaterThan(0)
       await beginDrain(hurried, 'SIGINT')

@@ -20,14 +20,7 @@ import {
   parseTimeout,
   parseWhole,
 } from './arguments.ts'
-import {
-  type Client,
-  type ConnectOptions,
-  connect,
-  type GetManyResult,
-  type Invalidation,
-  type ReadOptions,
-} from './client.ts'
+import { type Client, type ConnectOptions, connect, type Invalidation } from './client.ts'
 import { type BenchFlags, bench } from './commands/bench.ts'
 import { top } from './commands/top.ts'
 import { type WarmFlags, warm } from './commands/warm.ts'
@@ -62,6 +55,7 @@ import {
   MetricsSnapshotSchema,
   UpdateItemResponseSchema,
 } from './gen/itemcache/v1/item_cache_pb.ts'
+import type { GetManyResult, ReadOptions } from './reads.ts'
 import { type Io, styleOf } from './terminal.ts'
 
 interface GlobalFlags {

@@ -5,9 +5,9 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { MessageInitShape } from '@bufbuild/protobuf'
-import { type Duration, timestampMs } from '@bufbuild/protobuf/wkt'
-import { toDuration, toMs } from './duration.ts'
-import { CancelledError, InvalidArgumentError, ItemCacheError, UnavailableError } from './errors.ts'
+import { timestampMs } from '@bufbuild/protobuf/wkt'
+import { toMs } from './duration.ts'
+import { CancelledError, ItemCacheError, UnavailableError } from './errors.ts'
 import {
   InvalidationKind,
   InvalidationMode,
@@ -256,13 +256,4 @@ function eventOf(row: Row): InvalidationEvent {
     committedAt: new Date(row.commitTime === undefined ? 0 : timestampMs(row.commitTime)),
     clientId: row.clientId,
   }
-}
-
-/** The field of the request for a number of milliseconds. Throws InvalidArgumentError unless it is finite. */
-export function durationOf(ms: number | undefined): Duration | undefined {
-  if (ms === undefined) return undefined
-  if (Number.isFinite(ms)) return toDuration(ms)
-  throw new InvalidArgumentError(`a duration must be a finite number, got ${ms}`, {
-    reason: 'INVALID_DURATION',
-  })
 }

@@ -6,17 +6,12 @@ export {
   type ConnectOptions,
   connect,
   type DeleteOptions,
-  type GetManyOptions,
-  type GetManyResult,
-  type GetOptions,
-  type GetResult,
   type Invalidation,
   type ItemInit,
   type ItemList,
   type ListOptions,
   type MetricsOptions,
   type Page,
-  type ReadOptions,
   SERVICE_CONFIG,
   type TlsOptions,
   type Token,
@@ -69,3 +64,4 @@ export { formatMoney, parseMoney } from './money.ts'
 export type { NearCacheOptions } from './near-cache.ts'
 export type { NearState } from './near-log.ts'
 export type { NearBounds, NearStats } from './near-store.ts'
+export type { GetManyOptions, GetManyResult, GetOptions, GetResult, ReadOptions } from './reads.ts'

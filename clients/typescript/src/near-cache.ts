@@ -5,7 +5,6 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { create, type MessageInitShape } from '@bufbuild/protobuf'
-import type { GetManyOptions, GetManyResult, GetOptions, GetResult, ReadOptions } from './client.ts'
 import { toDuration, toMs } from './duration.ts'
 import {
   CancelledError,
@@ -27,6 +26,7 @@ import {
 } from './gen/itemcache/v1/item_cache_pb.ts'
 import { type LogRow, NearLog } from './near-log.ts'
 import { type NearBounds, type NearStats, NearStore, type Stored } from './near-store.ts'
+import type { GetManyOptions, GetManyResult, GetOptions, GetResult, ReadOptions } from './reads.ts'
 import type { Transport } from './transport.ts'
 
 export interface NearCacheOptions extends NearBounds {

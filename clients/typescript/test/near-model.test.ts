@@ -3,7 +3,6 @@ import { setImmediate } from 'node:timers/promises'
 import { create } from '@bufbuild/protobuf'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import type { GetManyOptions, GetManyResult, GetOptions, GetResult } from '../src/client.ts'
 import { NotFoundError, UnavailableError } from '../src/errors.ts'
 import type { FollowMessage } from '../src/follow.ts'
 import {
@@ -14,6 +13,7 @@ import {
 } from '../src/gen/itemcache/v1/item_cache_pb.ts'
 import { NearCache } from '../src/near-cache.ts'
 import { BOUND_MS } from '../src/near-log.ts'
+import type { GetManyOptions, GetManyResult, GetOptions, GetResult } from '../src/reads.ts'
 
 const KEYS = ['a', 'b', 'c']
 const TAGS = ['x', 'y']

@@ -2,7 +2,6 @@
 import { setImmediate } from 'node:timers/promises'
 import { create } from '@bufbuild/protobuf'
 import { beforeEach, describe, expect, test } from 'vitest'
-import type { GetManyOptions, GetManyResult, GetOptions, GetResult } from '../src/client.ts'
 import {
   DeadlineExceededError,
   type ItemCacheError,
@@ -17,6 +16,7 @@ import {
   StaleReason,
 } from '../src/gen/itemcache/v1/item_cache_pb.ts'
 import { NearCache } from '../src/near-cache.ts'
+import type { GetManyOptions, GetManyResult, GetOptions, GetResult } from '../src/reads.ts'
 
 let nowMs: number
 let near: NearCache

@@ -1,9 +1,10 @@
 /** `warm`: reads items so that the caches hold them. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Client, GetManyResult } from '../client.ts'
+import type { Client } from '../client.ts'
 import { CancelledError, ItemCacheError, NotFoundError } from '../errors.ts'
 import { Ending, EXIT, exitCodeOf, worstExitCode } from '../exit.ts'
 import { count, formatDuration, formatError, rate, tierName } from '../format.ts'
+import type { GetManyResult } from '../reads.ts'
 import { changingLine, type Io } from '../terminal.ts'
 
 /** Small enough that the service's queue to its origin holds several. */

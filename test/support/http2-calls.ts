@@ -2,11 +2,12 @@
 import { type ClientHttp2Session, type ClientHttp2Stream, connect } from 'node:http2'
 import { create, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
 import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { grpcMessage } from './http2-frames.ts'
 
 const { method } = ItemCacheService
 
 /** One HTTP/2 connection. Closing it is sudden. */
-export class RawConnection implements Disposable {
+export class CallerConnection implements Disposable {
   readonly #session: ClientHttp2Session
   /** Resolves when the connection is gone, whoever ended it. */
   readonly closed: Promise<void>
@@ -26,7 +27,9 @@ export class RawConnection implements Disposable {
     tenant: string,
   ): ClientHttp2Stream {
     const stream = this.begin(name, tenant)
-    stream.end(framed(toBinary(method[name].input, create(method[name].input, request as never) as never)))
+    stream.end(
+      grpcMessage(toBinary(method[name].input, create(method[name].input, request as never) as never)),
+    )
     return stream
   }
 
@@ -49,11 +52,4 @@ export class RawConnection implements Disposable {
   [Symbol.dispose](): void {
     this.#session.destroy()
   }
-}
-
-/** A message as gRPC sends it. */
-export function framed(message: Uint8Array): Buffer {
-  const prefix = Buffer.alloc(5)
-  prefix.writeUInt32BE(message.byteLength, 1)
-  return Buffer.concat([prefix, message])
 }
