@@ -5,7 +5,7 @@
  *     node bench/invalidation/fanout.ts [--seconds 15] [--json FILE]
  */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { fill, type Instance, options, progress, rawStreams, report, round, startBed } from './bed.ts'
+import { fill, type Instance, options, progress, rawStreams, report, round, startBed } from '../bed.ts'
 
 const { seconds = 15 } = options()
 const SUBSCRIBERS = 1000
@@ -20,7 +20,7 @@ const sql = await bed.sql()
 await fill(sql, tenant, ITEMS)
 
 async function cpuOf(instance: Instance, s: number): Promise<number> {
-  const cpuMs = instance.cpuMs()
+  const cpuUs = await instance.cpuUs()
   const startedMs = performance.now()
   for (let n = 0; n < RATE * s; n++) {
     await sleep(Math.max(0, startedMs + (n * 1000) / RATE - performance.now()))
@@ -31,7 +31,7 @@ async function cpuOf(instance: Instance, s: number): Promise<number> {
     ])
   }
   await sleep(500)
-  return instance.cpuMs() - cpuMs
+  return ((await instance.cpuUs()) - cpuUs) / 1000
 }
 
 const alone = rawStreams(instance.address, tenant)
