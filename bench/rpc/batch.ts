@@ -14,9 +14,11 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   const bare = await startBare(answer)
   await using _bare = bare.process
   const target = await targetOf(hot.instance, 'batchGetItems', batchRequest(0, ITEMS))
-  const compared = await compare(full ? 15 : 7,
-      async () => (await cpuPerCall(target, { calls: CALLS })) / ITEMS,
-      () => cpuPerCall(bare.target, { calls: 5 * CALLS }),
-    , progress)
+  const compared = await compare(
+    full ? 15 : 7,
+    async () => (await cpuPerCall(target, { calls: CALLS })) / ITEMS,
+    () => cpuPerCall(bare.target, { calls: 5 * CALLS }),
+    progress,
+  )
   return [{ row: 'batch', ...compared }]
 }

@@ -25,14 +25,16 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
     lookups: LOOKUPS,
     ids: 1000,
   }
-  const compared = await compare(full ? 15 : 7,
-      async () => {
-        const before = await instance.cpuUs()
-        await load.ask('run', pipeline)
-        return ((await instance.cpuUs()) - before) / LOOKUPS
-      },
-      () => cpuPerCall(bare.target, { calls: CALLS }),
-    , progress)
+  const compared = await compare(
+    full ? 15 : 7,
+    async () => {
+      const before = await instance.cpuUs()
+      await load.ask('run', pipeline)
+      return ((await instance.cpuUs()) - before) / LOOKUPS
+    },
+    () => cpuPerCall(bare.target, { calls: CALLS }),
+    progress,
+  )
   return [
     {
       row: 'stream',
