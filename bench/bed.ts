@@ -182,25 +182,31 @@ function send(
   return promise
 }
 
-/** A WatchInvalidations stream at the level of HTTP/2: nothing is decoded, and nothing is read unless asked for. */
+/** Streams at the level of HTTP/2, on one connection: nothing is decoded, and nothing is read unless asked for. */
 export interface RawStreams {
   /** Opens one more stream. Without `onMessage` nothing is ever read of it. */
-  open(request: object, onMessage?: (message: Buffer) => void): void
+  open(request: MessageInitShape<typeof watchInput>, onMessage?: (message: Buffer) => void): void
   close(): void
 }
 
-export function rawStreams(address: string, tenant: string): RawStreams {
+const { input: watchInput, name: watchName } = ItemCacheService.method.watchInvalidations
+
+/** Streams of WatchInvalidations, or of another method that takes the same request, or does not look at it. */
+export function rawStreams(
+  address: string,
+  tenant: string,
+  path = `/${ItemCacheService.typeName}/${watchName}`,
+): RawStreams {
   const session = connectHttp2(`http://${address}`)
   session.on('error', () => {})
-  const { input, name } = ItemCacheService.method.watchInvalidations
   return {
     open(request, onMessage) {
-      const message = toBinary(input, create(input, request as MessageInitShape<typeof input>))
+      const message = toBinary(watchInput, create(watchInput, request))
       const prefix = Buffer.alloc(5)
       prefix.writeUInt32BE(message.byteLength, 1)
       const stream = session.request({
         ':method': 'POST',
-        ':path': `/${ItemCacheService.typeName}/${name}`,
+        ':path': path,
         'content-type': 'application/grpc',
         te: 'trailers',
         'x-tenant-id': tenant,

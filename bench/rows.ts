@@ -90,4 +90,28 @@ export const CASES: readonly Case[] = [
     ],
     load: () => import('./rpc/batch.ts'),
   },
+  {
+    name: 'watch',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'watch',
+        work: 'WatchInvalidations, 1,000 subscribers: server CPU per delivery',
+        unit: 'µs',
+        peer: 'bare grpc-js stream write',
+        target: '≤ 1.5 ×',
+        bound: most(1.5),
+      },
+      {
+        id: 'watch-cost',
+        work: 'the same',
+        unit: 'µs',
+        peer: '',
+        target: '≤ 5 µs',
+        bound: atMost(5),
+      },
+    ],
+    load: () => import('./rpc/watch.ts'),
+  },
 ]
