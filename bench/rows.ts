@@ -114,4 +114,36 @@ export const CASES: readonly Case[] = [
     ],
     load: () => import('./rpc/watch.ts'),
   },
+  {
+    name: 'lru',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'lru-cache',
+        work: 'LRU, get or set, Zipf 0.99, 1,000,000 keys, capacity 100,000: accesses per CPU second',
+        unit: 'M',
+        peer: 'lru-cache',
+        target: '≥ 1.2 ×',
+        bound: least(1.2),
+      },
+      {
+        id: 'lru-fastest',
+        work: 'the same',
+        unit: 'M',
+        peer: 'the fastest of mnemonist, quick-lru, tiny-lru',
+        target: '≥ 1.0 ×',
+        bound: least(1),
+      },
+      {
+        id: 'lru-bytes',
+        work: 'LRU: bytes per entry besides key and value',
+        unit: 'B',
+        peer: 'lru-cache with TTL and size',
+        target: '≤ 1 ×',
+        bound: most(1),
+      },
+    ],
+    load: () => import('./micro/lru.ts'),
+  },
 ]
