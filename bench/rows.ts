@@ -146,4 +146,20 @@ export const CASES: readonly Case[] = [
     ],
     load: () => import('./micro/lru.ts'),
   },
+  {
+    name: 'gc',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'gc',
+        work: 'GetItem, hot, memory full of items of 320 bytes: p99.9',
+        unit: 'ms',
+        peer: 'memory with 10,000 entries',
+        target: '≤ 1.5 ×',
+        bound: most(1.5),
+      },
+    ],
+    load: () => import('./rpc/gc.ts'),
+  },
 ]

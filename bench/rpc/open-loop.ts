@@ -1,0 +1,74 @@
+/**
+ * Unary calls at a fixed rate, whether or not earlier ones have been answered. A call's latency counts from when it was due,
+ * so that a server that stands still for a while is charged for every call that would have come meanwhile.
+ */
+import { type ClientHttp2Session, connect } from 'node:http2'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { answer } from '../control.ts'
+import { getItemRequest } from './hot.ts'
+import { framed } from './unary.ts'
+
+export interface Arrivals {
+  readonly address: string
+  readonly perS: number
+  readonly seconds: number
+  readonly connections: number
+  /** Items from 0 up to this are asked for, each as likely as any other. */
+  readonly items: number
+}
+
+export interface Latencies {
+  readonly calls: number
+  readonly failed: number
+  /** Of every call, in milliseconds. */
+  readonly ms: Float64Array
+}
+
+const HEADERS = {
+  ':method': 'POST',
+  ':path': `/${ItemCacheService.typeName}/GetItem`,
+  'content-type': 'application/grpc',
+  te: 'trailers',
+}
+
+answer({ run })
+
+async function run({ address, perS, seconds, connections, items }: Arrivals): Promise<Latencies> {
+  const sessions = Array.from({ length: connections }, () => connect(`http://${address}`))
+  await Promise.all(
+    sessions.map((session) => new Promise<void>((resolve) => session.once('connect', () => resolve()))),
+  )
+  const calls = Math.round(perS * seconds)
+  const ms = new Float64Array(calls)
+  let [ended, failed] = [0, 0]
+  const startedMs = performance.now()
+  for (let n = 0; n < calls; ) {
+    const dueMs = performance.now() - startedMs
+    for (; n < calls && (n * 1000) / perS <= dueMs; n++) {
+      const call = n
+      const item = Math.floor(Math.random() * items)
+      send(sessions[n % connections] as ClientHttp2Session, item, (ok) => {
+        ms[call] = performance.now() - startedMs - (call * 1000) / perS
+        ended++
+        if (!ok) failed++
+      })
+    }
+    await sleep(1)
+  }
+  for (let waited = 0; ended < calls && waited < 5000; waited += 10) await sleep(10)
+  for (const session of sessions) session.close()
+  return { calls, failed: failed + calls - ended, ms }
+}
+
+function send(session: ClientHttp2Session, item: number, done: (ok: boolean) => void): void {
+  const stream = session.request(HEADERS)
+  let status: unknown
+  stream.on('trailers', (trailers) => {
+    status = trailers['grpc-status']
+  })
+  stream.on('error', () => {})
+  stream.on('close', () => done(status === '0'))
+  stream.resume()
+  stream.end(framed(getItemRequest(item)))
+}
