@@ -37,7 +37,10 @@ export async function startHot(
 ): Promise<Hot> {
   await using started = new AsyncDisposableStack()
   const bed = started.use(await startBed())
-  const instance = await bed.instance({ ...LASTING, ...options.env }, { core: SERVER_CORE, execArgv: options.execArgv ?? [] })
+  const instance = await bed.instance(
+    { ...LASTING, ...options.env },
+    { core: SERVER_CORE, execArgv: options.execArgv ?? [] },
+  )
   // The instance has made the tables.
   const sql = await bed.sql()
   await fillItems(sql, TENANT, items, ITEM_BYTES)
