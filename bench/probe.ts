@@ -1,5 +1,5 @@
 /** Loaded before a measured process's own module: tells what the process has used so far. */
-import { PerformanceObserver } from 'node:perf_hooks'
+import { type PerformanceEntry, PerformanceObserver } from 'node:perf_hooks'
 import { answer, cpuUs } from './control.ts'
 
 /** One stop of the process for its garbage collector. */
@@ -8,11 +8,12 @@ export interface Pause {
   readonly ms: number
 }
 
+type GcEntry = PerformanceEntry & { readonly detail: { readonly kind: number } }
+
 const pauses: Pause[] = []
 const observer = new PerformanceObserver((list) => {
-  for (const { detail, duration } of list.getEntries()) {
-    pauses.push({ kind: (detail as { readonly kind: number }).kind, ms: duration })
-  }
+  for (const { duration, detail } of list.getEntries() as GcEntry[])
+    pauses.push({ kind: detail.kind, ms: duration })
 })
 
 if (process.send !== undefined) {
