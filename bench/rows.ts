@@ -162,4 +162,35 @@ export const CASES: readonly Case[] = [
     ],
     load: () => import('./rpc/gc.ts'),
   },
+  {
+    name: 'zipf',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'zipf-sql',
+        work: 'Zipf 0.99, memory holds 10 %, Redis all, 5 % writes: SQL reads saved',
+        unit: '%',
+        peer: 'no cache',
+        target: '≥ 99 %',
+        bound: { of: 'ours', least: 99 },
+      },
+      ...(
+        [
+          ['no cache', 'PostgreSQL for every request', '≥ 5 ×', 5],
+          ['Redis cache-aside', 'Redis cache-aside', '≥ 2 ×', 2],
+          ['bentocache', 'bentocache behind a grpc-js edge', '≥ 1 ×', 1],
+          ['cacheable', 'cacheable behind a grpc-js edge', '≥ 1 ×', 1],
+        ] as const
+      ).map(([kind, peer, target, limit]) => ({
+        id: `zipf-${kind}`,
+        work: 'the same: reads per CPU second of the serving process',
+        unit: '/s',
+        peer,
+        target,
+        bound: least(limit),
+      })),
+    ],
+    load: () => import('./peers/zipf.ts'),
+  },
 ]
