@@ -56,7 +56,7 @@ const SELECT = `SELECT id, title, description, category, image_uri AS "imageUri"
     price_units::integer AS units, price_nanos AS nanos, rating_rate AS rate, rating_count::integer AS votes, tags,
     revision::float8 AS revision, extract(epoch FROM create_time)::float8 * 1000 AS "createTimeMs",
     extract(epoch FROM update_time)::float8 * 1000 AS "updateTimeMs"
-  FROM items WHERE tenant = 'default'`
+  FROM items WHERE tenant = 'peer'`
 
 let selects = 0
 
@@ -88,7 +88,7 @@ async function listen({ kind, databaseUrl, redisSocket, memoryEntries }: EdgeOpt
     const { id = '', title = '' } = item ?? {}
     await pool.query({
       name: 'update',
-      text: `UPDATE items SET title = $2 WHERE tenant = 'default' AND id = $1`,
+      text: `UPDATE items SET title = $2 WHERE tenant = 'peer' AND id = $1`,
       values: [id, title],
     })
     await store.forget(id)

@@ -1,10 +1,11 @@
 /** One workload over ItemCache and over what people would use instead: CPU of the serving process, and reads that reach SQL. */
 import { join } from 'node:path'
+import { fillItems } from '../bed.ts'
 import { LOAD_CORE, SERVER_CORE, start } from '../control.ts'
 import type { Measured } from '../report.ts'
 import { median } from '../report.ts'
 import type { Run } from '../rows.ts'
-import { startHot, warm } from '../rpc/hot.ts'
+import { ITEM_BYTES, startHot, warm } from '../rpc/hot.ts'
 import type { Mix } from '../rpc/mixed-load.ts'
 import type { EdgeOptions, Kind } from './edge.ts'
 
@@ -26,6 +27,8 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   await using stack = new AsyncDisposableStack()
   progress(`writing ${items} items`)
   const hot = stack.use(await startHot(items, { env: { ITEMCACHE_MEMORY_MAX_ENTRIES: `${memoryEntries}` } }))
+  // Theirs are others: what they write must not cost ours anything.
+  await fillItems(await hot.bed.sql(), 'peer', items, ITEM_BYTES)
   progress('reading them into Redis')
   await warm(hot.instance, 0, items)
   const all: Served[] = [

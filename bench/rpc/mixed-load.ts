@@ -1,11 +1,9 @@
 /** Reads and writes of items in the order of a trace, so many under way at a time. By HTTP/2 alone: answers are not decoded. */
 import { type ClientHttp2Session, connect } from 'node:http2'
-import { create, toBinary } from '@bufbuild/protobuf'
-import { ItemCacheService, UpdateItemRequestSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { seededRandom, zipfTrace } from '../../test/support/zipf.ts'
 import { answer } from '../control.ts'
-import { getItemRequest, idOf } from './hot.ts'
-import { framed } from './unary.ts'
+import { idOf } from './hot.ts'
+import { sendItemCall } from './send.ts'
 
 export interface Mix {
   readonly address: string
@@ -37,44 +35,15 @@ async function run(mix: Mix): Promise<{ readonly failed: number; readonly reads:
       const item = trace[call] as number
       const isWrite = random() < writes
       if (!isWrite) reads++
-      const ok = await send(
-        sessions[n % connections] as ClientHttp2Session,
-        isWrite ? 'UpdateItem' : 'GetItem',
-        isWrite ? updateRequest(item, call) : getItemRequest(item),
-      )
+      const session = sessions[n % connections] as ClientHttp2Session
+      const ok = await sendItemCall(session, isWrite ? 'UpdateItem' : 'GetItem', {
+        id: idOf(item),
+        title: `title ${call}`,
+      })
       if (!ok) failed++
     }
   }
   await Promise.all(Array.from({ length: concurrent }, worker))
   for (const session of sessions) session.close()
   return { failed, reads }
-}
-
-function updateRequest(item: number, call: number): Uint8Array {
-  return toBinary(
-    UpdateItemRequestSchema,
-    create(UpdateItemRequestSchema, {
-      item: { id: idOf(item), title: `title ${call}` },
-      updateMask: { paths: ['title'] },
-    }),
-  )
-}
-
-function send(session: ClientHttp2Session, method: string, message: Uint8Array): Promise<boolean> {
-  const stream = session.request({
-    ':method': 'POST',
-    ':path': `/${ItemCacheService.typeName}/${method}`,
-    'content-type': 'application/grpc',
-    te: 'trailers',
-  })
-  const { promise, resolve } = Promise.withResolvers<boolean>()
-  let status: unknown
-  stream.on('trailers', (trailers) => {
-    status = trailers['grpc-status']
-  })
-  stream.on('error', () => {})
-  stream.on('close', () => resolve(status === '0'))
-  stream.resume()
-  stream.end(framed(message))
-  return promise
 }

@@ -4,10 +4,9 @@
  */
 import { type ClientHttp2Session, connect } from 'node:http2'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { answer } from '../control.ts'
-import { getItemRequest } from './hot.ts'
-import { framed } from './unary.ts'
+import { idOf } from './hot.ts'
+import { sendItemCall } from './send.ts'
 
 export interface Arrivals {
   readonly address: string
@@ -23,13 +22,6 @@ export interface Latencies {
   readonly failed: number
   /** Of every call, in milliseconds. */
   readonly ms: Float64Array
-}
-
-const HEADERS = {
-  ':method': 'POST',
-  ':path': `/${ItemCacheService.typeName}/GetItem`,
-  'content-type': 'application/grpc',
-  te: 'trailers',
 }
 
 answer({ run })
@@ -48,7 +40,8 @@ async function run({ address, perS, seconds, connections, items }: Arrivals): Pr
     for (; n < calls && (n * 1000) / perS <= dueMs; n++) {
       const call = n
       const item = Math.floor(Math.random() * items)
-      send(sessions[n % connections] as ClientHttp2Session, item, (ok) => {
+      const session = sessions[n % connections] as ClientHttp2Session
+      sendItemCall(session, 'GetItem', { id: idOf(item) }).then((ok) => {
         ms[call] = performance.now() - startedMs - (call * 1000) / perS
         ended++
         if (!ok) failed++
@@ -59,16 +52,4 @@ async function run({ address, perS, seconds, connections, items }: Arrivals): Pr
   for (let waited = 0; ended < calls && waited < 5000; waited += 10) await sleep(10)
   for (const session of sessions) session.close()
   return { calls, failed: failed + calls - ended, ms }
-}
-
-function send(session: ClientHttp2Session, item: number, done: (ok: boolean) => void): void {
-  const stream = session.request(HEADERS)
-  let status: unknown
-  stream.on('trailers', (trailers) => {
-    status = trailers['grpc-status']
-  })
-  stream.on('error', () => {})
-  stream.on('close', () => done(status === '0'))
-  stream.resume()
-  stream.end(framed(getItemRequest(item)))
 }
