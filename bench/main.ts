@@ -11,7 +11,7 @@
  * Progress goes to stderr, one table to stdout. A target that is missed is shown and is no failure of the run; a case that
  * cannot be measured is.
  */
-import { execFileSync } from 'node:child_process'
+import { spawnSync } from 'node:child_process'
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { cpus, totalmem } from 'node:os'
 import { dirname, join } from 'node:path'
@@ -126,7 +126,7 @@ function machine(): string {
     `${cpus().length} cores of ${model}, ${Math.round(totalmem() / 2 ** 30)} GiB`,
     `Node ${process.versions.node}`,
     ...peers.map((name) => `${name} ${version(name)}`),
-    `commit ${commit}`,
+    `commit ${commit?.trim() || 'unknown'}`,
   ].join(', ')
 }
 

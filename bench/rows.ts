@@ -297,4 +297,28 @@ export const CASES: readonly Case[] = [
     ],
     load: () => import('./rpc/flat.ts'),
   },
+  {
+    name: 'peak',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'cold',
+        work: 'Cold start until hot, calls at a fixed rate: p99',
+        unit: 'ms',
+        peer: 'at the start',
+        target: '',
+        bound: undefined,
+      },
+      {
+        id: 'peak',
+        work: 'Double the usual peak, caches on: p99',
+        unit: 'ms',
+        peer: 'caches off',
+        target: '',
+        bound: undefined,
+      },
+    ],
+    load: () => import('./peers/peak.ts'),
+  },
 ]

@@ -1,4 +1,5 @@
 /** What 10,000 callers of one item that nobody has yet cost the tiers below, over three instances. */
+import { once } from 'node:events'
 import { createServer } from 'node:http'
 import { type ClientHttp2Session, connect } from 'node:http2'
 import type { AddressInfo } from 'node:net'
@@ -40,14 +41,17 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
     ITEMCACHE_MAX_CALLS: '100000',
   }
   const sessions: ClientHttp2Session[] = []
+  const ready: Promise<unknown>[] = []
   for (let n = 0; n < INSTANCES; n++) {
     const { address, batchGet } = await bed.instance(env)
     await batchGet(['none'], 'default')
-    for (let each = 0; each < CONNECTIONS; each++) sessions.push(connect(`http://${address}`))
+    for (let each = 0; each < CONNECTIONS; each++) {
+      const session = connect(`http://${address}`)
+      sessions.push(session)
+      ready.push(once(session, 'remoteSettings'))
+    }
   }
-  await Promise.all(
-    sessions.map((session) => new Promise((resolve) => session.once('remoteSettings', resolve))),
-  )
+  await Promise.all(ready)
   const client = await bed.sql()
   const found: { readonly origin: number; readonly rows: number; readonly reads: number }[] = []
   for (let round = 0; round < rounds; round++) {

@@ -75,20 +75,22 @@ export class Statements {
   }
 }
 
-/** Counts round trips: what is sent before an answer comes is one. */
+/** Between two questions that do not belong together. */
+const QUIET_MS = 2
+
+/** Counts round trips: what is sent without a pause, while answers may come already, is one. */
 export class RoundTrips {
   count = 0
 
   reader(): { asked(): void; answered(): void } {
-    let waiting = false
+    let latestMs = Number.NEGATIVE_INFINITY
     return {
       asked: () => {
-        if (!waiting) this.count++
-        waiting = true
+        const nowMs = performance.now()
+        if (nowMs - latestMs > QUIET_MS) this.count++
+        latestMs = nowMs
       },
-      answered: () => {
-        waiting = false
-      },
+      answered: () => {},
     }
   }
 }

@@ -4,6 +4,7 @@
  */
 import { type ClientHttp2Session, connect } from 'node:http2'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { seededRandom, zipfTrace } from '../../test/support/zipf.ts'
 import { answer } from '../control.ts'
 import { idOf } from './hot.ts'
 import { sendItemCall } from './send.ts'
@@ -13,8 +14,10 @@ export interface Arrivals {
   readonly perS: number
   readonly seconds: number
   readonly connections: number
-  /** Items from 0 up to this are asked for, each as likely as any other. */
+  /** Items from 0 up to this are asked for. */
   readonly items: number
+  /** Default: each is as likely as any other. */
+  readonly zipf?: number
 }
 
 export interface Latencies {
@@ -26,20 +29,23 @@ export interface Latencies {
 
 answer({ run })
 
-async function run({ address, perS, seconds, connections, items }: Arrivals): Promise<Latencies> {
+async function run({ address, perS, seconds, connections, items, zipf }: Arrivals): Promise<Latencies> {
   const sessions = Array.from({ length: connections }, () => connect(`http://${address}`))
   await Promise.all(
     sessions.map((session) => new Promise<void>((resolve) => session.once('connect', () => resolve()))),
   )
   const calls = Math.round(perS * seconds)
   const ms = new Float64Array(calls)
+  const random = seededRandom(1)
+  const trace =
+    zipf === undefined ? undefined : zipfTrace({ keys: items, length: calls, exponent: zipf, random })
   let [ended, failed] = [0, 0]
   const startedMs = performance.now()
   for (let n = 0; n < calls; ) {
     const dueMs = performance.now() - startedMs
     for (; n < calls && (n * 1000) / perS <= dueMs; n++) {
       const call = n
-      const item = Math.floor(Math.random() * items)
+      const item = trace?.[n] ?? Math.floor(random() * items)
       const session = sessions[n % connections] as ClientHttp2Session
       sendItemCall(session, 'GetItem', { id: idOf(item) }).then((ok) => {
         ms[call] = performance.now() - startedMs - (call * 1000) / perS
