@@ -18,7 +18,7 @@ import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
 import { type Authenticator, authorize, isWrite, single, whenCredentialEnds } from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
-import { Malformed, type Reply } from './service-definition.ts'
+import { Malformed, type Reply, wireBytes } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
 import { tooMuchUnsent, type Unsent, weightInStream, weightOf, whenClosed } from './unsent.ts'
 
@@ -137,6 +137,7 @@ export function admitted(frame: CallFrame, method: string, call: AnyCall): Ident
   }
   const admit = (identity: Identity): Identity => {
     authorize(method, identity)
+    frame.metrics.tenant(identity.tenant).calls++
     frame.rateLimit?.take(identity.tenant)
     return identity
   }
@@ -160,6 +161,7 @@ export function unary<Request>(
   const writes = isWrite(method)
   return (call, callback) => {
     const account = new Account(frame, rpc, method)
+    account.receivedBytes = wireBytes(call.request)
     let context: CallContext | undefined
     const send = (reply: Reply) => {
       const weight = weightOf(reply)
@@ -213,6 +215,7 @@ export function serverStream<Request>(
   const rpc = frame.metrics.rpc(method)
   return (call) => {
     const account = new Account(frame, rpc, method)
+    account.receivedBytes = wireBytes(call.request)
     const gone = new AbortController()
     const leave = () => gone.abort(whyGone(call))
     call.on('cancelled', leave)
@@ -233,6 +236,7 @@ export function serverStream<Request>(
           if (!frame.unsent.hasRoomFor(weight, identity.tenant)) throw tooMuchUnsent()
           frame.unsent.add(weight, identity.tenant)
           try {
+            account.sentBytes += reply.byteLength
             await flushed(call, reply, signal)
           } finally {
             frame.unsent.release(weight, identity.tenant)
@@ -340,6 +344,7 @@ export function lookUpStream<Request>(
       frame.unsent.add(weight, tenant)
       unsentBytes += weight
       unsent++
+      account.sentBytes += reply.byteLength
       full = !call.write(reply, () => {
         unsent--
         if (over) return
@@ -384,6 +389,7 @@ export function lookUpStream<Request>(
       if (over) return forgetCredential()
       call.on('data', (message: Request | Malformed) => {
         if (over) return
+        account.receivedBytes += wireBytes(message)
         const patience = new LookUpTime(gone.signal, frame.maxDeadlineMs)
         try {
           const reply = handler(wellFormed(message), known, () => patience.signal)
@@ -450,6 +456,9 @@ class Account {
   readonly #rpc: RpcMetrics
   readonly #method: string
   readonly #startedMs: number
+  /** Of messages, the framing left out. */
+  sentBytes = 0
+  receivedBytes = 0
 
   constructor(frame: CallFrame, rpc: RpcMetrics, method: string) {
     this.#frame = frame
@@ -461,6 +470,7 @@ class Account {
   }
 
   reply(context: CallContext | undefined, callback: sendUnaryData<Reply>, reply: Reply): void {
+    this.sentBytes = reply.byteLength
     this.finish(context, status.OK)
     callback(null, reply)
   }
@@ -473,6 +483,7 @@ class Account {
     const known = toItemCacheError(error, (reference, cause) => {
       this.#frame.log.error({ reference, method: this.#method, err: cause }, 'internal error')
     })
+    this.#frame.metrics.countFailure(known)
     const failure = toStatus(known, context?.cache)
     this.finish(context, failure.code, known)
     return failure
@@ -481,7 +492,7 @@ class Account {
   finish(context: CallContext | undefined, code: status, error?: ItemCacheError): void {
     context?.end()
     const durationMs = this.#frame.now() - this.#startedMs
-    this.#rpc.finish(codeName(code), durationMs)
+    this.#rpc.finish(codeName(code), durationMs, this.sentBytes, this.receivedBytes)
     this.#frame.metrics.openCalls--
     if (!this.#frame.log.isLevelEnabled('debug')) return
     this.#frame.log.debug(

@@ -1,12 +1,5 @@
 /** A grpc-js service definition made out of a protobuf-es service descriptor. */
-import {
-  type DescMessage,
-  type DescService,
-  fromBinary,
-  type Message,
-  type MessageShape,
-  toBinary,
-} from '@bufbuild/protobuf'
+import { type DescMessage, type DescService, fromBinary, type MessageShape } from '@bufbuild/protobuf'
 import type { ServiceDefinition } from '@grpc/grpc-js'
 
 /**
@@ -20,8 +13,16 @@ export class Malformed {
   }
 }
 
-/** What a handler may answer: a message, or one that is encoded already. */
-export type Reply = Message | Uint8Array
+/** What a handler answers: a message, encoded. */
+export type Reply = Uint8Array
+
+/** How many bytes a request took on the wire, framing left out, for the metrics. */
+export const wireBytes = (request: unknown): number => (request as Sized)[WIRE_BYTES] ?? 0
+
+const WIRE_BYTES = Symbol('wire bytes')
+interface Sized {
+  [WIRE_BYTES]?: number
+}
 
 const asBuffer = (bytes: Uint8Array): Buffer => Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
 
@@ -29,16 +30,13 @@ function deserializer<Desc extends DescMessage>(desc: Desc) {
   return (bytes: Buffer): MessageShape<Desc> | Malformed => {
     try {
       // Unknown fields are of no use to us, and keeping them would let callers make us hold garbage.
-      return fromBinary(desc, bytes, { readUnknownFields: false })
+      const message = fromBinary(desc, bytes, { readUnknownFields: false })
+      ;(message as Sized)[WIRE_BYTES] = bytes.length
+      return message
     } catch (error) {
       return new Malformed(error)
     }
   }
-}
-
-function serializer<Desc extends DescMessage>(desc: Desc) {
-  return (reply: Reply): Buffer =>
-    asBuffer(reply instanceof Uint8Array ? reply : toBinary(desc, reply as MessageShape<Desc>))
 }
 
 /** The definition, its methods keyed by their names in the proto. */
@@ -50,9 +48,9 @@ export function grpcDefinition(service: DescService): ServiceDefinition {
         path: `/${service.typeName}/${method.name}`,
         requestStream: method.methodKind === 'client_streaming' || method.methodKind === 'bidi_streaming',
         responseStream: method.methodKind === 'server_streaming' || method.methodKind === 'bidi_streaming',
-        requestSerialize: serializer(method.input),
+        requestSerialize: asBuffer,
         requestDeserialize: deserializer(method.input),
-        responseSerialize: serializer(method.output),
+        responseSerialize: asBuffer,
         responseDeserialize: deserializer(method.output),
       },
     ]),
