@@ -16,7 +16,7 @@ export class Malformed {
 /** What a handler answers: a message, encoded. */
 export type Reply = Uint8Array
 
-/** How many bytes a request took on the wire, framing left out, for the metrics. */
+/** How many bytes a request of a stream took, framing left out, for the metrics. */
 export const wireBytes = (request: unknown): number => (request as Sized)[WIRE_BYTES] ?? 0
 
 const WIRE_BYTES = Symbol('wire bytes')
@@ -30,12 +30,18 @@ function deserializer<Desc extends DescMessage>(desc: Desc) {
   return (bytes: Buffer): MessageShape<Desc> | Malformed => {
     try {
       // Unknown fields are of no use to us, and keeping them would let callers make us hold garbage.
-      const message = fromBinary(desc, bytes, { readUnknownFields: false })
-      ;(message as Sized)[WIRE_BYTES] = bytes.length
-      return message
+      return fromBinary(desc, bytes, { readUnknownFields: false })
     } catch (error) {
       return new Malformed(error)
     }
+  }
+}
+
+function sized<Request extends object>(deserialize: (bytes: Buffer) => Request) {
+  return (bytes: Buffer): Request => {
+    const request: Request & Sized = deserialize(bytes)
+    request[WIRE_BYTES] = bytes.length
+    return request
   }
 }
 
@@ -49,7 +55,8 @@ export function grpcDefinition(service: DescService): ServiceDefinition {
         requestStream: method.methodKind === 'client_streaming' || method.methodKind === 'bidi_streaming',
         responseStream: method.methodKind === 'server_streaming' || method.methodKind === 'bidi_streaming',
         requestSerialize: asBuffer,
-        requestDeserialize: deserializer(method.input),
+        requestDeserialize:
+          method.methodKind === 'unary' ? deserializer(method.input) : sized(deserializer(method.input)),
         responseSerialize: asBuffer,
         responseDeserialize: deserializer(method.output),
       },
