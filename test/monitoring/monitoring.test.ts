@@ -28,6 +28,8 @@ const OF_A_STALLED_MACHINE = [
 ]
 
 const run = promisify(execFile)
+/** The first test fetches Prometheus where there is none: some seconds, on a slow line more. */
+const FETCHING_MS = 180_000
 
 describe('the rules', () => {
   test('are in order, and fire when they should and only then, as promtool finds', async () => {
@@ -39,7 +41,7 @@ describe('the rules', () => {
       },
     )
     expect(stdout).toContain('SUCCESS')
-  })
+  }, FETCHING_MS)
 })
 
 describe('a service under load that Prometheus scrapes', () => {
