@@ -6,6 +6,7 @@ import {
   type DescMessage,
   type JsonObject,
   type JsonValue,
+  type MessageInitShape,
   type MessageShape,
   toBinary,
 } from '@bufbuild/protobuf'
@@ -166,6 +167,7 @@ export function implementation(
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
+      frame.metrics.countFailure(known)
       return encodeStreamFailure(correlationId, known)
     }
     try {
@@ -309,7 +311,7 @@ export function implementation(
     const write = writeOf(context, DeleteItemRequestSchema, request)
     const precondition = { etag: request.etag, allowMissing: request.allowMissing }
     const { revision } = await writer.delete(write, request.id, precondition)
-    return create(DeleteItemResponseSchema, { revision: BigInt(revision) })
+    return encoded(DeleteItemResponseSchema, { revision: BigInt(revision) })
   }
 
   async function invalidateItems(request: InvalidateItemsRequest, context: CallContext): Promise<Reply> {
@@ -330,7 +332,7 @@ export function implementation(
       MODES[request.mode] ?? 'EXPIRE',
       request.refreshOrigin,
     )
-    return create(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
+    return encoded(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
   }
 
   async function inspect(request: InspectItemRequest, context: CallContext): Promise<Reply> {
@@ -339,7 +341,7 @@ export function implementation(
     violations.throwIfAny()
     context.id = request.id
     const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return create(InspectItemResponseSchema, {
+    return encoded(InspectItemResponseSchema, {
       tiers: tiers.map((found) => ({
         tier: TIERS[found.tier],
         present: found.present,
@@ -373,7 +375,7 @@ export function implementation(
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
     for (;;) {
-      yield create(WatchMetricsResponseSchema, { snapshot: metrics(request) })
+      yield encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
       await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
     }
   }
@@ -394,7 +396,7 @@ export function implementation(
       InvalidateItems: on('InvalidateItems', invalidateItems),
       InspectItem: on('InspectItem', inspect),
       GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+        encoded(GetMetricsResponseSchema, { snapshot: metrics(request) }),
       ),
     },
     streams: {
@@ -408,6 +410,9 @@ export function implementation(
     },
   }
 }
+
+const encoded = <Desc extends DescMessage>(schema: Desc, answer: MessageInitShape<Desc>): Reply =>
+  toBinary(schema, create(schema, answer))
 
 /** More ids than this are not fetched from the origin in one call. */
 const MAX_REFETCH = 100
