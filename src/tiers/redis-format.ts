@@ -49,19 +49,36 @@ export function redisKey(prefix: string, tenant: string, id: string): string {
 }
 
 /**
- * Stores a value (ARGV[2]) for ARGV[3] milliseconds unless a copy with a greater as-of than ARGV[1] is there.
- * The as-of is summed up byte by byte: Lua's doubles hold it exactly, whereas Lua compares strings in the
- * server's locale. Anything that is not such a copy, even a value of another type, is replaced.
+ * The milliseconds that each key has left, as PTTL says them, and its value; an empty value where there is none that could
+ * be a copy's.
+ */
+export const READ_SCRIPT = `
+local found = {}
+for i, key in ipairs(KEYS) do
+  found[2 * i - 1] = redis.call('PTTL', key)
+  local value = redis.pcall('GET', key)
+  found[2 * i] = type(value) == 'table' and '' or value
+end
+return found
+`
+
+/**
+ * Stores a value for each key unless a copy with a greater as-of is there: as-of, value and TTL in milliseconds are three
+ * arguments for each. The as-of is summed up byte by byte: Lua's doubles hold it exactly, whereas Lua compares strings
+ * in the server's locale. Anything that is not such a copy, even a value of another type, is replaced.
  */
 export const STORE_SCRIPT = `
-local head = redis.pcall('GETRANGE', KEYS[1], 0, ${REVISION_AT - 1})
-if type(head) == 'string' and #head == ${REVISION_AT} and head:byte(1) == ${FORMAT_VERSION} then
+for n, key in ipairs(KEYS) do
+  local head = redis.pcall('GETRANGE', key, 0, ${REVISION_AT - 1})
   local stored = 0
-  for i = ${AS_OF_AT + 1}, ${REVISION_AT} do stored = stored * 256 + head:byte(i) end
-  if stored > tonumber(ARGV[1]) and stored <= ${Number.MAX_SAFE_INTEGER} then return 0 end
+  if type(head) == 'string' and #head == ${REVISION_AT} and head:byte(1) == ${FORMAT_VERSION} then
+    for i = ${AS_OF_AT + 1}, ${REVISION_AT} do stored = stored * 256 + head:byte(i) end
+  end
+  if stored <= tonumber(ARGV[3 * n - 2]) or stored > ${Number.MAX_SAFE_INTEGER} then
+    redis.call('SET', key, ARGV[3 * n - 1], 'PX', ARGV[3 * n])
+  end
 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return 1
+return #KEYS
 `
 
 /** The key of an item's lock: no copy's, since those have no `:` after the id. */
