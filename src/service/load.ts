@@ -377,12 +377,15 @@ export class Loader {
     if (route === 'direct' || withoutRedis || this.#stampede === undefined) {
       return this.#fetch(tenant, asking)
     }
-    const flights = asking.map(({ flight }) => flight)
+    const byFlight = new Map(asking.map((one) => [one.flight, one]))
     const waiting = this.#waiting(tenant, () => false)
-    // PostgreSQL is asked again: who held the lock before may have inserted the item since.
-    await this.#stampede.guard(tenant, flights, waiting, async (turn) =>
-      this.#fetch(tenant, await this.#walkPostgres(group, turn, true)),
-    )
+    await this.#stampede.guard(tenant, [...byFlight.keys()], waiting, async (turn, first) => {
+      // PostgreSQL is asked again where another one held the lock: it may have inserted the item since.
+      const still = first
+        ? turn.flatMap((flight) => byFlight.get(flight) ?? [])
+        : await this.#walkPostgres(group, turn, true)
+      await this.#fetch(tenant, still)
+    })
   }
 
   /**

@@ -89,9 +89,13 @@ export function lockKey(prefix: string, tenant: string, id: string): string {
 /** In a lock's place after its holder failed. No token is like it. */
 const OPEN = 'open'
 
+/** In a lock's place for a while after its holder has loaded the key. */
+const HANDED_ON = 'handed on'
+
 /** What `LOCK_SCRIPT` answers besides the milliseconds that another holder's lock has left. */
 export const LOCK_IS_OURS = 0
 export const LOCK_IS_OPEN = -1
+export const LOCK_IS_HANDED_ON = -2
 
 /**
  * Takes a lock for the token ARGV[1] and ARGV[2] milliseconds, unless another token holds it. That it holds it itself
@@ -100,11 +104,12 @@ export const LOCK_IS_OPEN = -1
 export const LOCK_SCRIPT = `
 local holder = redis.call('GET', KEYS[1])
 if holder == '${OPEN}' then return ${LOCK_IS_OPEN} end
-if holder and holder ~= ARGV[1] then
+if holder and holder ~= ARGV[1] and holder ~= '${HANDED_ON}' then
   local left = redis.call('PTTL', KEYS[1])
   if left >= 0 then return math.max(left, 1) end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if holder == '${HANDED_ON}' then return ${LOCK_IS_HANDED_ON} end
 return ${LOCK_IS_OURS}
 `
 
@@ -114,11 +119,17 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 `
 
-/** Deletes a lock if the token ARGV[1] holds it, or leaves it open for ARGV[2] milliseconds if that is not 0. */
+/**
+ * Gives up a lock if the token ARGV[1] holds it: for ARGV[3] milliseconds it says that it was handed on or, if ARGV[2] is
+ * not 0, for so many that it is open.
+ */
 export const RELEASE_SCRIPT = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-if ARGV[2] == '0' then return redis.call('DEL', KEYS[1]) end
-redis.call('SET', KEYS[1], '${OPEN}', 'PX', ARGV[2])
+if ARGV[2] == '0' then
+  redis.call('SET', KEYS[1], '${HANDED_ON}', 'PX', ARGV[3])
+else
+  redis.call('SET', KEYS[1], '${OPEN}', 'PX', ARGV[2])
+end
 return 1
 `
 

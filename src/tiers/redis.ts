@@ -18,6 +18,7 @@ import {
 import {
   decodeCopy,
   encodeCopy,
+  LOCK_IS_HANDED_ON,
   LOCK_IS_OPEN,
   LOCK_IS_OURS,
   LOCK_SCRIPT,
@@ -47,7 +48,7 @@ declare module 'ioredis' {
     storeCopies(count: number, ...keysAndValues: (string | number | Buffer)[]): Result<number, Context>
     takeLock(key: string, token: string, ttlMs: number): Result<number, Context>
     renewLock(key: string, token: string, ttlMs: number): Result<number, Context>
-    releaseLock(key: string, token: string, openMs: number): Result<number, Context>
+    releaseLock(key: string, token: string, openMs: number, handedOnMs: number): Result<number, Context>
   }
 }
 
@@ -194,7 +195,7 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
 
   /**
    * As in the port. What has failed is asked once more, with the same token: a busy process may give a command up whose
-   * reply has come, and would then load for itself what others are waiting for it to load.
+   * reply has come, and would then load for itself what others are waiting for it to load. What that reply said is lost.
    */
   async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
     const ask = (asking: readonly LockClaim[]) =>
@@ -203,10 +204,14 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
       replies.get(lockKey(this.#prefix, tenant, id))
     const first = await ask(claims)
     const failed = claims.filter((claim) => replyTo(first, claim) instanceof Error)
-    const second = failed.length > 0 ? await ask(failed) : first
-    return new Map(
-      claims.map((claim) => [claim.id, lockState(replyTo(second, claim) ?? replyTo(first, claim))]),
-    )
+    const second = failed.length > 0 ? await ask(failed) : undefined
+    const stateOf = (claim: LockClaim): LockState => {
+      const again = second && replyTo(second, claim)
+      if (again === undefined) return lockState(replyTo(first, claim))
+      const state = lockState(again)
+      return state === 'ours' ? 'handed-on' : state
+    }
+    return new Map(claims.map((claim) => [claim.id, stateOf(claim)]))
   }
 
   async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
@@ -214,7 +219,9 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
   }
 
   async release(tenant: string, claim: LockClaim, openMs: number): Promise<void> {
-    await this.#runLocks(tenant, [claim], (to, key, token) => to.releaseLock(key, token, Math.round(openMs)))
+    await this.#runLocks(tenant, [claim], (to, key, token) =>
+      to.releaseLock(key, token, Math.round(openMs), this.#lockTtlMs),
+    )
   }
 
   /** As in the port. Reading the value is the only way to its as-of, and Redis's own recency sees it. */
@@ -406,6 +413,7 @@ function isWrongType(error: Error): boolean {
 function lockState(reply: Reply | undefined): LockState {
   const answer = reply instanceof Error ? undefined : reply?.[0]
   if (typeof answer !== 'number' || answer === LOCK_IS_OPEN) return 'free'
+  if (answer === LOCK_IS_HANDED_ON) return 'handed-on'
   return answer === LOCK_IS_OURS ? 'ours' : answer
 }
 

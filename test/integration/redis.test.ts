@@ -108,7 +108,7 @@ describe('a lock', () => {
   })
   afterAll(() => redis[Symbol.asyncDispose]())
 
-  test('belongs to one token until that gives it up, and is given to the same token again', async () => {
+  test('belongs to one token until that gives it up, and is given to the same token again; who gets it then is told', async () => {
     await using one = await tierAt(redis.url)
     await using two = await tierAt(redis.url)
     const states = await one.tier.acquire('t', [claim('1', 'mine'), claim('2', 'mine, too')])
@@ -122,7 +122,9 @@ describe('a lock', () => {
     await two.tier.release('t', claim('1', 'yours'), 0)
     expect(await takes(two, '1', 'yours')).toBeTypeOf('number')
     await one.tier.release('t', claim('1', 'mine'), 0)
+    expect(await takes(two, '1', 'yours')).toBe('handed-on')
     expect(await takes(two, '1', 'yours')).toBe('ours')
+    expect(await takes(one, '1', 'mine')).toBeGreaterThan(0)
     // Another tenant, another lock.
     expect((await one.tier.acquire('other', [claim('1', 'mine')])).get('1')).toBe('ours')
   })

@@ -218,6 +218,7 @@ function gatedRedis(copies: MemoryTier, gate: Gate): CacheTier {
 /** Locks that are given and taken late, like everything else. What is lost is as if their time were over. */
 class Locks implements LoadLocks {
   readonly held = new Map<string, string>()
+  readonly #handedOn = new Set<string>()
   readonly #gate: Gate
 
   constructor(gate: Gate) {
@@ -229,8 +230,9 @@ class Locks implements LoadLocks {
     const states = new Map<string, LockState>()
     for (const { id, token } of claims) {
       const holder = this.held.get(id) ?? token
+      const isHandedOn = !this.held.has(id) && this.#handedOn.delete(id)
       this.held.set(id, holder)
-      states.set(id, holder === token ? 'ours' : NEVER_MS)
+      states.set(id, isHandedOn ? 'handed-on' : holder === token ? 'ours' : NEVER_MS)
     }
     await this.#gate('lock answered')
     return states
@@ -238,7 +240,9 @@ class Locks implements LoadLocks {
 
   async release(_: string, { id, token }: { id: string; token: string }) {
     await this.#gate('unlock')
-    if (this.held.get(id) === token) this.held.delete(id)
+    if (this.held.get(id) !== token) return
+    this.held.delete(id)
+    this.#handedOn.add(id)
   }
 
   async renew() {}
