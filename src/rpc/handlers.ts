@@ -219,10 +219,11 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     try {
       return batchResult(id, await reader.load(tenant, id, options, signal), mask)
     } catch (error) {
-      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return { id, result: error, cache: undefined }
-      }
-      throw error
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
+      })
+      if (known.code === 'cancelled') throw known
+      return { id, result: known, cache: undefined }
     }
   }
 

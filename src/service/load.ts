@@ -329,7 +329,7 @@ export class Loader {
 
   /** Lands what PostgreSQL knows, and returns the flights whose items only the origin may know. */
   async #walkPostgres(group: Group, flights: readonly Flight[], again: boolean): Promise<readonly Unknown[]> {
-    const { postgres, origin, metrics } = this.#parts
+    const { origin, metrics } = this.#parts
     if (flights.length === 0) return []
     const { tenant, signal } = group
     const sentAt = this.tick()
@@ -339,19 +339,13 @@ export class Loader {
       flight.cachesAsked.resolve(undefined)
     }
     if (!again) metrics.loads += flights.length
-    const snapshots = await this.#timed('postgres', () =>
-      postgres.read(
-        tenant,
-        flights.map((flight) => flight.id),
-        signal,
-      ),
-    )
+    const snapshots = await this.#select(tenant, flights, signal)
     this.#loaded(sentAtMs)
     const known: Landing[] = []
     const unknown: Unknown[] = []
     for (const flight of flights) {
       const snapshot = snapshots.get(flight.id)
-      if (snapshot === undefined) throw new ItemCacheError('internal', 'PostgreSQL left an id out')
+      if (snapshot === undefined) continue
       if (snapshot.state === 'unknown' && origin?.serves(flight.id))
         unknown.push({ flight, snapshot, readAtMs: sentAtMs })
       else known.push({ flight, copy: this.copyOf(snapshot, sentAtMs) })
@@ -359,6 +353,31 @@ export class Loader {
     this.#asked('postgres', known.length, again ? 0 : unknown.length)
     await this.#arrive(tenant, known, 'postgres', sentAt)
     return unknown
+  }
+
+  /**
+   * What PostgreSQL holds, by one statement. When that fails for what it reads (a row that is damaged, or is no item),
+   * by one for each half, so that only those flights fail whose rows are the reason.
+   */
+  async #select(
+    tenant: string,
+    flights: readonly Flight[],
+    signal: AbortSignal,
+  ): Promise<ReadonlyMap<string, Snapshot>> {
+    const ids = flights.map((flight) => flight.id)
+    try {
+      return await this.#timed('postgres', () => this.#parts.postgres.read(tenant, ids, signal))
+    } catch (error) {
+      if (error instanceof ItemCacheError && error.code !== 'internal') throw error
+      if (flights.length === 1) {
+        flights[0]?.fail(error)
+        return new Map()
+      }
+      const middle = Math.ceil(flights.length / 2)
+      const halves = [flights.slice(0, middle), flights.slice(middle)]
+      const found = await Promise.all(halves.map((half) => this.#select(tenant, half, signal)))
+      return new Map(found.flatMap((some) => [...some]))
+    }
   }
 
   /** Asks the origin, for each key on one instance, and not for one that has failed just now. */

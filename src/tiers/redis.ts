@@ -92,6 +92,8 @@ export interface RedisCounters {
 /** One command keeps Redis from all others for as long as it takes: half a millisecond for so many copies. */
 const KEYS_PER_COMMAND = 100
 const TIMED_OUT = 'Command timed out'
+/** ioredis takes silence for shorter than this for no failure: this process may be too busy to read what is there. */
+const SILENCE_MS = 2_000
 const RECONNECT_MAX_MS = 1_000
 
 interface Keyed {
@@ -434,9 +436,9 @@ function connect(
     connectionName: 'itemcache',
     connectTimeout: connectTimeoutMs,
     // For the commands that ioredis sends by itself; ours are given up before. A stopped Redis raises no event of its own.
-    commandTimeout: 3 * commandTimeoutMs,
+    commandTimeout: Math.max(3 * commandTimeoutMs, SILENCE_MS),
     // Gives up a connection that owes replies and is silent, so that its queue does not grow without bound.
-    socketTimeout: 4 * commandTimeoutMs,
+    socketTimeout: Math.max(4 * commandTimeoutMs, SILENCE_MS),
     // How long a closing socket may linger.
     disconnectTimeout: commandTimeoutMs,
     // Commands that were under way when the connection broke fail at once.
