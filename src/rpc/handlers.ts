@@ -64,6 +64,7 @@ import {
   cacheStatus,
   encodeBatch,
   encodeGetItem,
+  encodeItemError,
   encodeList,
   encodePage,
   encodeStreamItem,
@@ -76,6 +77,7 @@ import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
 import { toDuration, toItemCacheError } from './status.ts'
+import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
   checkId,
@@ -102,8 +104,14 @@ export interface Services {
 /** Full name of a method, as metrics and logs show it. */
 export const methodName = (method: string): string => `${ItemCacheService.typeName}/${method}`
 
-/** Every RPC as grpc-js wants it. */
-export function implementation(frame: CallFrame, services: Services): UntypedServiceImplementation {
+/** Every RPC: the streams as grpc-js wants them, and how each unary call is handled, by their names in the proto. */
+export function implementation(
+  frame: CallFrame,
+  services: Services,
+): {
+  readonly streams: UntypedServiceImplementation
+  readonly unary: Readonly<Record<string, UnaryMethod['handle']>>
+} {
   const { reader, writer, postgres, inspected, subscriptions } = services
 
   function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
@@ -151,7 +159,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
-      return encodeStreamItem(correlationId, { kind: 'error', error: known }, undefined, 0)
+      return encodeStreamItem(correlationId, { kind: 'error', error: encodeItemError(known) }, undefined, 0)
     }
     try {
       frame.rateLimit?.take(tenant)
@@ -166,7 +174,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
         if (copy === undefined) return encodeStreamItem(correlationId, { kind: 'none' }, cache, 0)
         const { bytes, asOf } = copy
         if (bytes === undefined) {
-          return encodeStreamItem(correlationId, { kind: 'error', error: notFound(id) }, cache, asOf)
+          return encodeStreamItem(correlationId, { kind: 'error', error: ITEM_NOT_FOUND }, cache, asOf)
         }
         if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) {
           return encodeStreamItem(correlationId, { kind: 'not-modified' }, cache, asOf)
@@ -181,32 +189,37 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     }
   }
 
-  async function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Promise<Reply> {
+  function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Reply | Promise<Reply> {
+    const { ids } = request
+    const { tenant } = context
     const violations = new Violations()
-    checkListSize(request.ids.length, [1, LIMITS.batchIds], 'ids', violations)
-    for (const [i, id] of request.ids.slice(0, LIMITS.batchIds).entries())
-      checkId(id, `ids[${i}]`, violations)
+    checkListSize(ids.length, [1, LIMITS.batchIds], 'ids', violations)
+    for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids[${i}]`, violations)
     const options = readOptions(request.options, violations)
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
-    const results = new Map<string, BatchResult | Promise<BatchResult>>()
+    context.outcome = `${ids.length} ids`
+    const hits = ids.map((id) => {
+      const hit = reader.hit(tenant, id, options)
+      return hit && batchResult(id, hit, mask)
+    })
+    return isWhole(hits) ? encodeBatch(hits) : batchLoads(ids, hits, options, mask, context)
+  }
+
+  /** Loads what is missing, each id once. */
+  async function batchLoads(
+    ids: readonly string[],
+    hits: readonly (BatchResult | undefined)[],
+    options: ReadOptions,
+    mask: ItemMask | undefined,
+    context: CallContext,
+  ): Promise<Reply> {
+    const missing = new Set(ids.filter((_, i) => hits[i] === undefined))
     // Slow items are given up shortly before the caller does, so that the others still reach it.
     using patience = new Patience(context)
-    for (const id of request.ids) {
-      if (results.has(id)) continue
-      const hit = reader.hit(context.tenant, id, options)
-      results.set(
-        id,
-        hit === undefined
-          ? batchLoad(id, options, mask, context.tenant, patience.signal)
-          : batchResult(id, hit, mask),
-      )
-    }
-    const byId = new Map(
-      await Promise.all([...results].map(async ([id, result]) => [id, await result] as const)),
-    )
-    context.outcome = `${request.ids.length} ids`
-    return encodeBatch(request.ids.flatMap((id) => byId.get(id) ?? []))
+    const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
+    const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
+    return encodeBatch(ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? []))
   }
 
   async function batchLoad(
@@ -223,15 +236,15 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
         frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
       })
       if (known.code === 'cancelled') throw known
-      return { id, result: known, cache: undefined }
+      return { id, item: undefined, error: encodeItemError(known), cache: undefined }
     }
   }
 
   function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
-    const cache = cacheStatus(answer, reader.now())
-    if (answer.copy === undefined) return { id, result: undefined, cache }
-    const { bytes } = answer.copy
-    return { id, result: bytes === undefined ? notFound(id) : masked(bytes, mask), cache }
+    const { copy } = answer
+    const item = copy?.bytes && masked(copy.bytes, mask)
+    const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
+    return { id, item, error, cache: cacheStatus(answer, reader.now()) }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
@@ -385,24 +398,28 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
   ) => unary(frame, methodName(method), handler)
 
   return {
-    GetItem: on('GetItem', getItem),
-    BatchGetItems: on('BatchGetItems', batchGetItems),
-    StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
-    ListItems: on('ListItems', listItems),
-    CreateItem: on('CreateItem', createItem),
-    UpdateItem: on('UpdateItem', updateItem),
-    DeleteItem: on('DeleteItem', deleteItem),
-    InvalidateItems: on('InvalidateItems', invalidateItems),
-    InspectItem: on('InspectItem', inspect),
-    GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-      create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
-    ),
-    WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
-    WatchInvalidations: serverStream(
-      frame,
-      methodName('WatchInvalidations'),
-      watchInvalidations(subscriptions, reader, frame.unsent.maxBytes / 4),
-    ),
+    unary: {
+      GetItem: on('GetItem', getItem),
+      BatchGetItems: on('BatchGetItems', batchGetItems),
+      ListItems: on('ListItems', listItems),
+      CreateItem: on('CreateItem', createItem),
+      UpdateItem: on('UpdateItem', updateItem),
+      DeleteItem: on('DeleteItem', deleteItem),
+      InvalidateItems: on('InvalidateItems', invalidateItems),
+      InspectItem: on('InspectItem', inspect),
+      GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
+        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+      ),
+    },
+    streams: {
+      StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
+      WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
+      WatchInvalidations: serverStream(
+        frame,
+        methodName('WatchInvalidations'),
+        watchInvalidations(subscriptions, reader, frame.unsent.maxBytes / 4),
+      ),
+    },
   }
 }
 
@@ -417,6 +434,14 @@ const MODES: Readonly<Record<InvalidationMode, DomainMode>> = {
 
 function notFound(id: string): ItemCacheError {
   return new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
+}
+
+/** What results of many say of an item that does not exist. */
+const ITEM_NOT_FOUND = encodeItemError(notFound(''))
+
+/** Whether there is nothing that has to be loaded. */
+function isWhole(results: readonly (BatchResult | undefined)[]): results is readonly BatchResult[] {
+  return !results.includes(undefined)
 }
 
 function itemOf(request: { item?: Item | undefined }, violations: Violations): Item {

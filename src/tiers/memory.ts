@@ -30,8 +30,8 @@ export interface MemoryStats extends LruStats {
 }
 
 /**
- * What a copy takes besides the text of its key and tags and its encoded item, in resident bytes as `bench/micro/lru.ts
- * cost` measured them with Node 26.10.0 on Linux, x64 (384, 319 and 21).
+ * What a copy takes besides the text of its key and tags and its encoded item, in resident bytes as
+ * `bench/micro/copy-cost.ts` measured them with Node 26.10.0 on Linux, x64 (384, 319 and 21).
  */
 const OVERHEAD = {
   /** The LRU's slot, the copy, its id and the key's string. */

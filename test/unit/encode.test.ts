@@ -32,6 +32,7 @@ import {
   cacheStatus,
   encodeBatch,
   encodeGetItem,
+  encodeItemError,
   encodeList,
   encodePage,
   encodeWritten,
@@ -86,6 +87,7 @@ const item: fc.Arbitrary<Item> = partly({
   source: oneOf(ItemSource),
 }).map((init) => create(ItemSchema, init))
 
+const encodedCache = (one: CacheStatus) => toBinary(CacheStatusSchema, one)
 const encoded = (one: Item) => toBinary(ItemSchema, one)
 
 const snapshot = (one: Item) => ({
@@ -111,7 +113,7 @@ describe('a response that is put together by hand is the one that the generated 
     fc.assert(
       fc.property(result, cache, revision, (one, cached, at) => {
         const given: GetItemResult = one.kind === 'item' ? { kind: 'item', bytes: encoded(one.item) } : one
-        same(GetItemResponseSchema, encodeGetItem(given, cached, at), {
+        same(GetItemResponseSchema, encodeGetItem(given, encodedCache(cached), at), {
           ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
           ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
           cache: cached,
@@ -151,9 +153,11 @@ describe('a response that is put together by hand is the one that the generated 
     fc.assert(
       fc.property(fc.array(result, { maxLength: 6 }), (results) => {
         const given = results.map(
-          (one): BatchResult => ({
-            ...one,
-            result: one.result instanceof ItemCacheError || !one.result ? one.result : encoded(one.result),
+          ({ id, result, cache }): BatchResult => ({
+            id,
+            item: result instanceof ItemCacheError || !result ? undefined : encoded(result),
+            error: result instanceof ItemCacheError ? encodeItemError(result) : undefined,
+            cache: cache && encodedCache(cache),
           }),
         )
         same(BatchGetItemsResponseSchema, encodeBatch(given), {
@@ -189,7 +193,11 @@ describe('a response that is put together by hand is the one that the generated 
       fc.property(fc.array(item, { maxLength: 5 }), text, revision, cache, (items, token, at, cached) => {
         same(
           ListItemsResponseSchema,
-          encodeList(encodePage({ items: items.map(snapshot), nextPageToken: token }), at, cached),
+          encodeList(
+            encodePage({ items: items.map(snapshot), nextPageToken: token }),
+            at,
+            encodedCache(cached),
+          ),
           {
             items,
             nextPageToken: token,
@@ -239,8 +247,11 @@ describe('the cache status', () => {
     skipped: [],
   }
 
+  const statusOf = (answer: Answer, nowMs: number) =>
+    fromBinary(CacheStatusSchema, cacheStatus(answer, nowMs))
+
   test('tells age, remaining freshness and revision by the reader’s clock', () => {
-    const message = cacheStatus(answer, 3500.25)
+    const message = statusOf(answer, 3500.25)
     expect(message).toMatchObject({
       tier: Tier.MEMORY,
       outcome: CacheOutcome.HIT,
@@ -260,7 +271,7 @@ describe('the cache status', () => {
     ['origin', Tier.ORIGIN],
     [undefined, Tier.UNSPECIFIED],
   ] as const)('names the tier %s', (tier, expected) => {
-    expect(cacheStatus({ ...answer, tier }, 0).tier).toBe(expected)
+    expect(statusOf({ ...answer, tier }, 0).tier).toBe(expected)
   })
 
   test.each([
@@ -270,7 +281,7 @@ describe('the cache status', () => {
     ['NEGATIVE_HIT', CacheOutcome.NEGATIVE_HIT],
     ['BYPASS', CacheOutcome.BYPASS],
   ] as const)('names the outcome %s', (outcome, expected) => {
-    expect(cacheStatus({ ...answer, outcome }, 0).outcome).toBe(expected)
+    expect(statusOf({ ...answer, outcome }, 0).outcome).toBe(expected)
   })
 
   test('says why a stale copy was served, and no remaining freshness', () => {
@@ -279,7 +290,7 @@ describe('the cache status', () => {
       ['REVALIDATING', StaleReason.REVALIDATING],
       ['TIER_DOWN', StaleReason.TIER_DOWN],
     ] as const) {
-      const message = cacheStatus({ ...stale, staleReason }, 90_000)
+      const message = statusOf({ ...stale, staleReason }, 90_000)
       expect(message).toMatchObject({ staleReason: expected, coalesced: true })
       expect(message.freshFor).toBeUndefined()
     }
@@ -291,7 +302,7 @@ describe('the cache status', () => {
       { tier: 'redis', reason: 'timeout' },
       { tier: 'postgres', reason: 'down' },
     ] as const
-    expect(cacheStatus({ ...answer, skipped }, 0).skippedTiers).toMatchObject([
+    expect(statusOf({ ...answer, skipped }, 0).skippedTiers).toMatchObject([
       { tier: Tier.REDIS, reason: SkipReason.OFF },
       { tier: Tier.REDIS, reason: SkipReason.TIMEOUT },
       { tier: Tier.POSTGRES, reason: SkipReason.DOWN },
@@ -299,15 +310,15 @@ describe('the cache status', () => {
   })
 
   test('has no age and no revision when no tier answered', () => {
-    const message = cacheStatus({ ...answer, copy: undefined, tier: undefined, outcome: 'MISS' }, 5000)
+    const message = statusOf({ ...answer, copy: undefined, tier: undefined, outcome: 'MISS' }, 5000)
     expect(message).toMatchObject({ tier: Tier.UNSPECIFIED, asOf: 0n })
     expect(message.age).toBeUndefined()
     expect(message.freshFor).toBeUndefined()
   })
 
   test('never shows a negative time', () => {
-    const message = cacheStatus(answer, 0)
+    const message = statusOf(answer, 0)
     expect(message.age).toMatchObject({ seconds: 0n, nanos: 0 })
-    expect(cacheStatus(answer, 90_000).freshFor).toMatchObject({ seconds: 0n, nanos: 0 })
+    expect(statusOf(answer, 90_000).freshFor).toMatchObject({ seconds: 0n, nanos: 0 })
   })
 })
