@@ -35,6 +35,7 @@ import { type Flight, type Group, keyOf, type Load, type Skipped } from './fligh
 import { OriginRequests } from './origin-requests.ts'
 import { isInShare } from './rollout.ts'
 import { Stampede } from './stampede.ts'
+import { Turns } from './turns.ts'
 
 /** The tiers and what watches them. `origin` is `undefined` when it is off; so are `locks` without Redis. */
 export interface LoaderParts {
@@ -59,6 +60,8 @@ export interface LoaderOptions {
   readonly failureTtlMs: number
   /** After how long the lock of an instance that is gone ends. */
   readonly lockTtlMs: number
+  /** Most SELECTs of many items that are under way at once. */
+  readonly largeReads: number
   /** The share of keys that go through the caches, 0 to 100. */
   readonly rolloutPercent: number
   /** Monotonic clock. */
@@ -80,6 +83,10 @@ interface Landing {
   readonly copy: Copy
 }
 
+/** A SELECT of more items than this takes its turn, so that there is always a connection for smaller ones. */
+const LARGE_READ = 50
+/** How long it waits for its turn. */
+const TURN_PATIENCE_MS = 1_000
 /** A larger copy (a page of large items) is not worth its room. */
 const MAX_KEPT_BYTES = 1024 * 1024
 /** How much the newest load counts in the mean. */
@@ -93,6 +100,7 @@ export class Loader {
   readonly #stampede: Stampede | undefined
   readonly #failures: RecentFailures
   readonly #requests: OriginRequests | undefined
+  readonly #turns: Turns
   /** The logical clock that orders readers and SELECTs. */
   #tick = 0
   readonly #background = new Set<Promise<unknown>>()
@@ -101,6 +109,7 @@ export class Loader {
     this.#parts = parts
     this.#options = options
     const { failureTtlMs: openMs, lockTtlMs: ttlMs, random } = options
+    this.#turns = new Turns({ most: options.largeReads, patienceMs: TURN_PATIENCE_MS })
     this.#failures = new RecentFailures({ ...options, ttlMs: openMs })
     const { origin } = parts
     this.#requests =
@@ -365,8 +374,9 @@ export class Loader {
     signal: AbortSignal,
   ): Promise<ReadonlyMap<string, Snapshot>> {
     const ids = flights.map((flight) => flight.id)
+    const read = () => this.#timed('postgres', () => this.#parts.postgres.read(tenant, ids, signal))
     try {
-      return await this.#timed('postgres', () => this.#parts.postgres.read(tenant, ids, signal))
+      return await (ids.length > LARGE_READ ? this.#turns.take(tenant, signal, read) : read())
     } catch (error) {
       if (error instanceof ItemCacheError && error.code !== 'internal') throw error
       if (flights.length === 1) {

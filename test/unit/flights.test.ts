@@ -315,6 +315,7 @@ function instance(
     failureTtlMs: 0,
     lockTtlMs: NEVER_MS,
     earlyRefresh: 0,
+    largeReads: 1,
     rolloutPercent: 100,
     now,
     random,
