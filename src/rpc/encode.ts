@@ -4,14 +4,14 @@
  * test decodes every form with the generated code.
  */
 import { fromBinary, toBinary } from '@bufbuild/protobuf'
-import type { ItemCacheError } from '../errors.ts'
+import { type ItemCacheError, itemNotFound } from '../errors.ts'
 import { CacheOutcome, ItemSchema, SkipReason, StaleReason, Tier } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Page } from '../service/list.ts'
 import type { Answer } from '../service/read.ts'
 import type { SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
 import { cut, type ItemMask } from './field-mask.ts'
 import { codeOf } from './status.ts'
-import { FieldWriter, fieldBytes, HEADER_BYTES, NUMBER_BYTES, varintBytes } from './wire.ts'
+import { FieldWriter, fieldBytes, HEADER_BYTES, MAX_UTF8_BYTES, NUMBER_BYTES, utf8Bytes } from './wire.ts'
 
 export const TIERS: Readonly<Record<TierName, Tier>> = {
   memory: Tier.MEMORY,
@@ -26,39 +26,41 @@ export const SKIP_REASONS: Readonly<Record<DomainSkipReason, SkipReason>> = {
   timeout: SkipReason.TIMEOUT,
 }
 
-/** No encoded `CacheStatus` is longer. */
+/** No encoded `CacheStatus` is longer, so that its length is one byte. */
 const CACHE_STATUS_BYTES = 127
 
 /** Where an answer came from: an encoded `CacheStatus`. `nowMs` is the reader's clock. */
 export function cacheStatus(answer: Answer, nowMs: number): Uint8Array {
-  const { copy, tier, outcome, staleReason } = answer
   const writer = new FieldWriter(CACHE_STATUS_BYTES)
+  putCacheStatus(writer, answer, nowMs)
+  return writer.finish()
+}
+
+function putCacheStatus(writer: FieldWriter, answer: Answer, nowMs: number): void {
+  const { copy, tier, outcome, staleReason } = answer
   if (tier !== undefined) writer.number(1, TIERS[tier])
   writer.number(2, CacheOutcome[outcome])
   if (staleReason !== undefined) writer.number(3, StaleReason[staleReason])
   if (answer.coalesced) writer.number(4, 1)
   if (copy !== undefined) {
-    duration(writer, 5, nowMs - copy.verifiedAtMs)
-    if (outcome !== 'STALE') duration(writer, 6, copy.freshUntilMs - nowMs)
+    putDuration(writer, 5, nowMs - copy.verifiedAtMs)
+    if (outcome !== 'STALE') putDuration(writer, 6, copy.freshUntilMs - nowMs)
   }
   for (const skipped of answer.skipped) {
     writer.header(7, 4).number(1, TIERS[skipped.tier]).number(2, SKIP_REASONS[skipped.reason])
   }
   if (copy !== undefined && copy.asOf !== 0) writer.number(8, copy.asOf)
-  return writer.finish()
 }
 
 /** Milliseconds as a `Duration`; negative ones as zero. */
-function duration(writer: FieldWriter, field: number, ms: number): void {
+function putDuration(writer: FieldWriter, field: number, ms: number): void {
   const whole = Math.max(0, ms)
   const seconds = Math.floor(whole / 1000)
   const nanos = Math.floor((whole - seconds * 1000) * 1e6)
-  writer.header(
-    field,
-    (seconds === 0 ? 0 : 1 + varintBytes(seconds)) + (nanos === 0 ? 0 : 1 + varintBytes(nanos)),
-  )
+  const at = writer.begin(field)
   if (seconds !== 0) writer.number(1, seconds)
   if (nanos !== 0) writer.number(2, nanos)
+  writer.end(at)
 }
 
 /** The encoded item, cut to a mask when there is one. */
@@ -73,59 +75,83 @@ export type GetItemResult =
   | { readonly kind: 'not-modified' }
   | { readonly kind: 'none' }
 
-/** A `GetItemResponse`. `cache` is an encoded `CacheStatus`. */
-export function encodeGetItem(result: GetItemResult, cache: Uint8Array, revision: number): Uint8Array {
+/** A `GetItemResponse`. `nowMs` is the reader's clock. */
+export function encodeGetItem(result: GetItemResult, answer: Answer, nowMs: number): Uint8Array {
   const itemBytes = result.kind === 'item' ? result.bytes.byteLength : 0
-  const writer = new FieldWriter(fieldBytes(itemBytes) + fieldBytes(cache.byteLength) + 2 * NUMBER_BYTES)
+  const writer = new FieldWriter(fieldBytes(itemBytes) + SHORT_BYTES)
   if (result.kind === 'item') writer.bytes(1, result.bytes)
   else if (result.kind === 'not-modified') writer.number(2, 1)
-  writer.bytes(3, cache)
+  const cache = writer.begin(3)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(4, revision)
   return writer.finish()
 }
 
-/** A `StreamItemsResponse`. `cache` is an encoded `CacheStatus`, and `error` an encoded `ItemError`. */
+/** A `StreamItemsResponse`. `nowMs` is the reader's clock. */
 export function encodeStreamItem(
   correlationId: bigint,
-  result: GetItemResult | { readonly kind: 'error'; readonly error: Uint8Array },
-  cache: Uint8Array | undefined,
-  revision: number,
+  result: GetItemResult | { readonly kind: 'not-found' },
+  answer: Answer,
+  nowMs: number,
 ): Uint8Array {
-  const bytes = result.kind === 'item' ? result.bytes : result.kind === 'error' ? result.error : NOTHING
-  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + optionalBytes(cache) + 3 * NUMBER_BYTES)
+  const bytes = result.kind === 'item' ? result.bytes : result.kind === 'not-found' ? ITEM_NOT_FOUND : NOTHING
+  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + SHORT_BYTES)
   if (correlationId !== 0n) writer.uint64(1, correlationId)
   if (result.kind === 'item') writer.bytes(2, bytes)
   else if (result.kind === 'not-modified') writer.number(3, 1)
-  else if (result.kind === 'error') writer.bytes(4, bytes)
-  if (cache !== undefined) writer.bytes(5, cache)
+  else if (result.kind === 'not-found') writer.bytes(4, bytes)
+  const cache = writer.begin(5)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(6, revision)
   return writer.finish()
 }
 
-const NOTHING = new Uint8Array()
-
-/** One `BatchGetItemsResult`, in encoded parts; neither an item nor an error for a miss with CACHE_ONLY. */
-export interface BatchResult {
-  readonly id: string
-  readonly item: Uint8Array | undefined
-  /** An `ItemError`. */
-  readonly error: Uint8Array | undefined
-  /** A `CacheStatus`. */
-  readonly cache: Uint8Array | undefined
+/** A `StreamItemsResponse` of a look-up that failed. */
+export function encodeStreamFailure(correlationId: bigint, error: ItemCacheError): Uint8Array {
+  const bytes = encodeItemError(error)
+  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + NUMBER_BYTES)
+  if (correlationId !== 0n) writer.uint64(1, correlationId)
+  return writer.bytes(4, bytes).finish()
 }
 
-/** A `BatchGetItemsResponse`. */
-export function encodeBatch(results: readonly BatchResult[]): Uint8Array {
-  const lengths = results.map(
-    ({ id, item, error, cache }) =>
-      fieldBytes(Buffer.byteLength(id)) + optionalBytes(item) + optionalBytes(error) + optionalBytes(cache),
-  )
-  const writer = new FieldWriter(lengths.reduce((sum, length) => sum + fieldBytes(length), 0))
-  for (const [i, { id, item, error, cache }] of results.entries()) {
-    writer.header(1, lengths[i] ?? 0).string(1, id)
+const NOTHING = new Uint8Array()
+/** Everything in a response but the item: a status, an id of the look-up, a revision, a flag. */
+const SHORT_BYTES = fieldBytes(CACHE_STATUS_BYTES) + 3 * NUMBER_BYTES
+
+/** One `BatchGetItemsResult`; neither an item nor an error for a miss with CACHE_ONLY. */
+export interface BatchResult {
+  readonly id: string
+  /** Encoded. */
+  readonly item: Uint8Array | undefined
+  /** An encoded `ItemError`. */
+  readonly error: Uint8Array | undefined
+  /** Where it came from; `undefined` with an error that no tier gave. */
+  readonly answer: Answer | undefined
+}
+
+/** A `BatchGetItemsResponse`. `nowMs` is the reader's clock. */
+export function encodeBatch(results: readonly BatchResult[], nowMs: number): Uint8Array {
+  let maxBytes = 0
+  for (const { id, item, error } of results) {
+    maxBytes += 4 * HEADER_BYTES + MAX_UTF8_BYTES * id.length + CACHE_STATUS_BYTES
+    maxBytes += (item?.byteLength ?? 0) + (error?.byteLength ?? 0)
+  }
+  const writer = new FieldWriter(maxBytes)
+  const status = new FieldWriter(CACHE_STATUS_BYTES)
+  for (const { id, item, error, answer } of results) {
+    const idBytes = utf8Bytes(id)
+    status.clear()
+    if (answer !== undefined) putCacheStatus(status, answer, nowMs)
+    const statusBytes = answer === undefined ? 0 : fieldBytes(status.length)
+    writer.header(1, fieldBytes(idBytes) + optionalBytes(item) + optionalBytes(error) + statusBytes)
+    writer.string(1, id)
     if (item !== undefined) writer.bytes(2, item)
     if (error !== undefined) writer.bytes(3, error)
-    if (cache !== undefined) writer.bytes(4, cache)
+    if (answer !== undefined) writer.message(4, status)
   }
   return writer.finish()
 }
@@ -138,14 +164,17 @@ export function encodeItemError(error: ItemCacheError): Uint8Array {
   const { reason, retryAfterMs } = error
   const message = error.message.toWellFormed()
   const writer = new FieldWriter(
-    NUMBER_BYTES + 3 * HEADER_BYTES + 2 * NUMBER_BYTES + 3 * (reason.length + message.length),
+    NUMBER_BYTES + 3 * HEADER_BYTES + 2 * NUMBER_BYTES + MAX_UTF8_BYTES * (reason.length + message.length),
   )
   writer.number(1, codeOf(error))
   if (reason !== '') writer.string(2, reason)
   if (message !== '') writer.string(3, message)
-  if (retryAfterMs !== undefined) duration(writer, 4, retryAfterMs)
+  if (retryAfterMs !== undefined) putDuration(writer, 4, retryAfterMs)
   return writer.finish()
 }
+
+/** What results of many say of an item that does not exist. */
+export const ITEM_NOT_FOUND = encodeItemError(itemNotFound(''))
 
 /** The part of a `ListItemsResponse` that is the same for everybody: what is cached of a page. */
 export function encodePage({ items, nextPageToken }: Page): Uint8Array {
@@ -161,11 +190,14 @@ export function encodePage({ items, nextPageToken }: Page): Uint8Array {
   return writer.finish()
 }
 
-/** A `ListItemsResponse`: a page and where it came from, an encoded `CacheStatus`. */
-export function encodeList(page: Uint8Array, revision: number, cache: Uint8Array): Uint8Array {
-  const writer = new FieldWriter(page.byteLength + NUMBER_BYTES + fieldBytes(cache.byteLength)).raw(page)
+/** A `ListItemsResponse`: a page and where it came from. `nowMs` is the reader's clock. */
+export function encodeList(page: Uint8Array, answer: Answer, nowMs: number): Uint8Array {
+  const writer = new FieldWriter(page.byteLength + SHORT_BYTES).raw(page)
+  const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(3, revision)
-  writer.bytes(4, cache)
+  const cache = writer.begin(4)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
   return writer.finish()
 }
 

@@ -10,7 +10,7 @@ import {
   toBinary,
 } from '@bufbuild/protobuf'
 import type { UntypedServiceImplementation } from '@grpc/grpc-js'
-import { ItemCacheError } from '../errors.ts'
+import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
   BreakerState,
@@ -67,8 +67,11 @@ import {
   encodeItemError,
   encodeList,
   encodePage,
+  encodeStreamFailure,
   encodeStreamItem,
   encodeWritten,
+  type GetItemResult,
+  ITEM_NOT_FOUND,
   masked,
   SKIP_REASONS,
   TIERS,
@@ -81,6 +84,7 @@ import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
   checkId,
+  checkIds,
   checkListSize,
   checkOptionalName,
   checkTag,
@@ -133,19 +137,23 @@ export function implementation(
     mask: ItemMask | undefined,
     context: CallContext,
   ): Uint8Array {
-    const cache = cacheStatus(answer, reader.now())
     context.tier = answer.tier
     context.outcome = answer.outcome
-    const { copy } = answer
-    if (copy === undefined) return encodeGetItem({ kind: 'none' }, cache, 0)
-    if (copy.bytes === undefined) {
-      context.cache = cache
-      throw notFound(request.id)
-    }
-    if (request.ifNoneMatch !== '' && request.ifNoneMatch === etagOf(copy.revision)) {
-      return encodeGetItem({ kind: 'not-modified' }, cache, copy.asOf)
-    }
-    return encodeGetItem({ kind: 'item', bytes: masked(copy.bytes, mask) }, cache, copy.asOf)
+    const result = resultOf(answer, request.ifNoneMatch, mask)
+    if (result.kind !== 'not-found') return encodeGetItem(result, answer, reader.now())
+    context.cache = cacheStatus(answer, reader.now())
+    throw itemNotFound(request.id)
+  }
+
+  function resultOf(
+    { copy }: Answer,
+    ifNoneMatch: string,
+    mask: ItemMask | undefined,
+  ): GetItemResult | { readonly kind: 'not-found' } {
+    if (copy === undefined) return { kind: 'none' }
+    if (copy.bytes === undefined) return { kind: 'not-found' }
+    if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) return { kind: 'not-modified' }
+    return { kind: 'item', bytes: masked(copy.bytes, mask) }
   }
 
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
@@ -159,7 +167,7 @@ export function implementation(
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
-      return encodeStreamItem(correlationId, { kind: 'error', error: encodeItemError(known) }, undefined, 0)
+      return encodeStreamFailure(correlationId, known)
     }
     try {
       frame.rateLimit?.take(tenant)
@@ -168,19 +176,8 @@ export function implementation(
       const options = readOptions(request.options, violations)
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
-      const finish = (answer: Answer): Uint8Array => {
-        const cache = cacheStatus(answer, reader.now())
-        const { copy } = answer
-        if (copy === undefined) return encodeStreamItem(correlationId, { kind: 'none' }, cache, 0)
-        const { bytes, asOf } = copy
-        if (bytes === undefined) {
-          return encodeStreamItem(correlationId, { kind: 'error', error: ITEM_NOT_FOUND }, cache, asOf)
-        }
-        if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) {
-          return encodeStreamItem(correlationId, { kind: 'not-modified' }, cache, asOf)
-        }
-        return encodeStreamItem(correlationId, { kind: 'item', bytes: masked(bytes, mask) }, cache, asOf)
-      }
+      const finish = (answer: Answer): Uint8Array =>
+        encodeStreamItem(correlationId, resultOf(answer, ifNoneMatch, mask), answer, reader.now())
       const hit = reader.hit(tenant, id, options)
       if (hit !== undefined) return finish(hit)
       return reader.load(tenant, id, options, signal()).then(finish).catch(refuse)
@@ -193,23 +190,23 @@ export function implementation(
     const { ids } = request
     const { tenant } = context
     const violations = new Violations()
-    checkListSize(ids.length, [1, LIMITS.batchIds], 'ids', violations)
-    for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids[${i}]`, violations)
+    checkIds(ids, 'ids', violations)
     const options = readOptions(request.options, violations)
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.outcome = `${ids.length} ids`
-    const hits = ids.map((id) => {
-      const hit = reader.hit(tenant, id, options)
-      return hit && batchResult(id, hit, mask)
-    })
-    return isWhole(hits) ? encodeBatch(hits) : batchLoads(ids, hits, options, mask, context)
+    const hits = reader.hits(tenant, ids, options)
+    if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
+    return encodeBatch(
+      hits.map((hit, i) => batchResult(ids[i] ?? '', hit, mask)),
+      reader.now(),
+    )
   }
 
   /** Loads what is missing, each id once. */
   async function batchLoads(
     ids: readonly string[],
-    hits: readonly (BatchResult | undefined)[],
+    hits: readonly (Answer | undefined)[],
     options: ReadOptions,
     mask: ItemMask | undefined,
     context: CallContext,
@@ -219,7 +216,11 @@ export function implementation(
     using patience = new Patience(context)
     const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
     const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
-    return encodeBatch(ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? []))
+    const results = ids.flatMap((id, i) => {
+      const hit = hits[i]
+      return hit === undefined ? (loaded.get(id) ?? []) : batchResult(id, hit, mask)
+    })
+    return encodeBatch(results, reader.now())
   }
 
   async function batchLoad(
@@ -236,7 +237,7 @@ export function implementation(
         frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
       })
       if (known.code === 'cancelled') throw known
-      return { id, item: undefined, error: encodeItemError(known), cache: undefined }
+      return { id, item: undefined, error: encodeItemError(known), answer: undefined }
     }
   }
 
@@ -244,7 +245,7 @@ export function implementation(
     const { copy } = answer
     const item = copy?.bytes && masked(copy.bytes, mask)
     const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
-    return { id, item, error, cache: cacheStatus(answer, reader.now()) }
+    return { id, item, error, answer }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
@@ -269,7 +270,7 @@ export function implementation(
     context.outcome = answer.outcome
     const { copy } = answer
     if (copy?.bytes === undefined) throw new ItemCacheError('internal', 'a list has no page')
-    return encodeList(copy.bytes, copy.asOf, cacheStatus(answer, reader.now()))
+    return encodeList(copy.bytes, answer, reader.now())
   }
 
   async function createItem(request: CreateItemRequest, context: CallContext): Promise<Reply> {
@@ -432,16 +433,9 @@ const MODES: Readonly<Record<InvalidationMode, DomainMode>> = {
   [InvalidationMode.REMOVE]: 'REMOVE',
 }
 
-function notFound(id: string): ItemCacheError {
-  return new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
-}
-
-/** What results of many say of an item that does not exist. */
-const ITEM_NOT_FOUND = encodeItemError(notFound(''))
-
 /** Whether there is nothing that has to be loaded. */
-function isWhole(results: readonly (BatchResult | undefined)[]): results is readonly BatchResult[] {
-  return !results.includes(undefined)
+function isWhole(answers: readonly (Answer | undefined)[]): answers is readonly Answer[] {
+  return !answers.includes(undefined)
 }
 
 function itemOf(request: { item?: Item | undefined }, violations: Violations): Item {
@@ -465,8 +459,7 @@ function targetOf(request: InvalidateItemsRequest, violations: Violations): Inva
   switch (target.case) {
     case 'ids': {
       const { ids } = target.value
-      checkListSize(ids.length, [1, LIMITS.batchIds], 'ids.ids', violations)
-      for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids.ids[${i}]`, violations)
+      checkIds(ids, 'ids.ids', violations)
       return { kind: 'ids', ids: [...new Set(ids)] }
     }
     case 'tags': {

@@ -7,6 +7,8 @@ const LENGTH_DELIMITED = 2
 export const NUMBER_BYTES = 1 + 10
 /** What comes before anything else takes at most. */
 export const HEADER_BYTES = 1 + 5
+/** What a UTF-16 code unit takes at most. */
+export const MAX_UTF8_BYTES = 3
 
 /**
  * Writes fields, 1 to 15 of a message, into a buffer that must be made large enough: it costs a sixth of what a writer costs
@@ -44,11 +46,32 @@ export class FieldWriter {
   }
 
   string(field: number, value: string): this {
-    const length = Buffer.byteLength(value)
+    const length = utf8Bytes(value)
     this.header(field, length)
-    this.#bytes.write(value, this.#at)
+    if (length !== value.length) this.#bytes.write(value, this.#at)
+    else for (let i = 0; i < length; i++) this.#bytes[this.#at + i] = value.charCodeAt(i)
     this.#at += length
     return this
+  }
+
+  /** What another writer has written, as a message. */
+  message(field: number, other: FieldWriter): this {
+    const { length } = other
+    this.header(field, length)
+    for (let i = 0; i < length; i++) this.#bytes[this.#at + i] = other.#bytes[i] ?? 0
+    this.#at += length
+    return this
+  }
+
+  /** Begins a message that will be shorter than 128 bytes. */
+  begin(field: number): number {
+    this.#bytes[this.#at++] = (field << 3) | LENGTH_DELIMITED
+    return this.#at++
+  }
+
+  /** Ends the message of that `begin`. */
+  end(begun: number): void {
+    this.#bytes[begun] = this.#at - begun - 1
   }
 
   /** What comes before a message of so many bytes. */
@@ -63,6 +86,15 @@ export class FieldWriter {
     this.#bytes.set(fields, this.#at)
     this.#at += fields.byteLength
     return this
+  }
+
+  get length(): number {
+    return this.#at
+  }
+
+  /** To be written anew, which changes what `finish` has returned. */
+  clear(): void {
+    this.#at = 0
   }
 
   /** What has been written: a window into the buffer. */
@@ -87,6 +119,12 @@ export class FieldWriter {
 /** What a field of so many bytes takes, with its tag and length. */
 export function fieldBytes(length: number): number {
   return 1 + varintBytes(length) + length
+}
+
+/** How many bytes a text takes. Texts are short here, and mostly ASCII: that is seen sooner than anybody is asked. */
+export function utf8Bytes(text: string): number {
+  for (let i = 0; i < text.length; i++) if (text.charCodeAt(i) > 0x7f) return Buffer.byteLength(text)
+  return text.length
 }
 
 /** How many bytes an integer below 2^35 takes. */

@@ -14,7 +14,6 @@ import { ItemCacheError } from '../../src/errors.ts'
 import {
   BatchGetItemsResponseSchema,
   CacheOutcome,
-  type CacheStatus,
   CacheStatusSchema,
   CreateItemResponseSchema,
   GetItemResponseSchema,
@@ -24,9 +23,11 @@ import {
   ListItemsResponseSchema,
   SkipReason,
   StaleReason,
+  StreamItemsResponseSchema,
   Tier,
   UpdateItemResponseSchema,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { READ_OUTCOMES, TIER_NAMES } from '../../src/observe/metrics.ts'
 import {
   type BatchResult,
   cacheStatus,
@@ -35,6 +36,8 @@ import {
   encodeItemError,
   encodeList,
   encodePage,
+  encodeStreamFailure,
+  encodeStreamItem,
   encodeWritten,
   type GetItemResult,
   masked,
@@ -42,8 +45,8 @@ import {
 import type { Answer } from '../../src/service/read.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
 
-const duration = fc.record({
-  seconds: fc.bigInt({ min: 0n, max: 315_576_000_000n }),
+const timestamp = fc.record({
+  seconds: fc.bigInt({ min: 0n, max: 253_402_300_799n }),
   nanos: fc.nat(999_999_999),
 })
 const text = fc.string({ unit: 'binary', maxLength: 20 })
@@ -55,16 +58,37 @@ const oneOf = <T>(values: Readonly<Record<string, T>>) => fc.constantFrom(...Obj
 const partly = <T>(fields: { [K in keyof T]: fc.Arbitrary<T[K]> }) =>
   fc.record<T, never>(fields, { requiredKeys: [] })
 
-const cache: fc.Arbitrary<CacheStatus> = partly({
-  tier: oneOf(Tier),
-  outcome: oneOf(CacheOutcome),
-  staleReason: oneOf(StaleReason),
+/** The reader's clock when the answer is given. */
+const NOW_MS = 1e12
+const time = fc.double({ min: 0, max: 2 * NOW_MS, noNaN: true })
+
+const answer: fc.Arbitrary<Answer> = fc.record({
+  copy: fc.option(
+    fc.record({
+      id: text,
+      asOf: revision,
+      bytes: fc.constant(undefined),
+      revision,
+      tags: fc.constant([]),
+      verifiedAtMs: time,
+      freshUntilMs: time,
+    }),
+    { nil: undefined },
+  ),
+  tier: fc.constantFrom(...TIER_NAMES, undefined),
+  outcome: fc.constantFrom(...READ_OUTCOMES),
+  staleReason: fc.constantFrom('REVALIDATING', 'SOFT_TIMEOUT', 'TIER_DOWN', 'UNVERIFIED', undefined),
   coalesced: fc.boolean(),
-  age: duration,
-  freshFor: duration,
-  skippedTiers: fc.array(fc.record({ tier: oneOf(Tier), reason: oneOf(SkipReason) }), { maxLength: 3 }),
-  asOf: int64,
-}).map((init) => create(CacheStatusSchema, init))
+  skipped: fc.array(
+    fc.record({ tier: fc.constantFrom(...TIER_NAMES), reason: fc.constantFrom('off', 'down', 'timeout') }),
+    { maxLength: 4 },
+  ),
+})
+
+const statusOf = (one: Answer, nowMs = NOW_MS) => fromBinary(CacheStatusSchema, cacheStatus(one, nowMs))
+
+/** What most answers say besides what they found. */
+const origin = (one: Answer) => ({ cache: statusOf(one), revision: BigInt(one.copy?.asOf ?? 0) })
 
 const attributes = fc
   .dictionary(text, fc.jsonValue({ maxDepth: 2, noUnicodeString: false }), { maxKeys: 4 })
@@ -82,12 +106,11 @@ const item: fc.Arbitrary<Item> = partly({
   attributes,
   etag: text,
   revision: int64,
-  createTime: duration,
-  updateTime: duration,
+  createTime: timestamp,
+  updateTime: timestamp,
   source: oneOf(ItemSource),
 }).map((init) => create(ItemSchema, init))
 
-const encodedCache = (one: CacheStatus) => toBinary(CacheStatusSchema, one)
 const encoded = (one: Item) => toBinary(ItemSchema, one)
 
 const snapshot = (one: Item) => ({
@@ -105,20 +128,57 @@ function same<Desc extends DescMessage>(schema: Desc, bytes: Uint8Array, init: M
 }
 
 describe('a response that is put together by hand is the one that the generated code makes', () => {
+  const result = fc.oneof(
+    fc.record({ kind: fc.constant('item' as const), item }),
+    fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
+  )
+
   test('of GetItem', () => {
-    const result = fc.oneof(
-      fc.record({ kind: fc.constant('item' as const), item }),
-      fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
-    )
     fc.assert(
-      fc.property(result, cache, revision, (one, cached, at) => {
+      fc.property(result, answer, (one, from) => {
         const given: GetItemResult = one.kind === 'item' ? { kind: 'item', bytes: encoded(one.item) } : one
-        same(GetItemResponseSchema, encodeGetItem(given, encodedCache(cached), at), {
+        same(GetItemResponseSchema, encodeGetItem(given, from, NOW_MS), {
           ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
           ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
-          cache: cached,
-          revision: BigInt(at),
+          ...origin(from),
         })
+      }),
+    )
+  })
+
+  test('of StreamItems', () => {
+    const notFound = fc.record({ kind: fc.constant('not-found' as const) })
+    const correlation = fc.bigInt({ min: 0n, max: 2n ** 64n - 1n })
+    fc.assert(
+      fc.property(fc.oneof(result, notFound), answer, correlation, (one, from, correlationId) => {
+        const given = one.kind === 'item' ? { kind: one.kind, bytes: encoded(one.item) } : one
+        same(StreamItemsResponseSchema, encodeStreamItem(correlationId, given, from, NOW_MS), {
+          correlationId,
+          ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
+          ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
+          ...(one.kind === 'not-found' && {
+            result: {
+              case: 'error',
+              value: {
+                code: status.NOT_FOUND,
+                reason: 'ITEM_NOT_FOUND',
+                message: 'the item does not exist',
+              },
+            },
+          }),
+          ...origin(from),
+        })
+        same(
+          StreamItemsResponseSchema,
+          encodeStreamFailure(correlationId, new ItemCacheError('timeout', 'late')),
+          {
+            correlationId,
+            result: {
+              case: 'error',
+              value: { code: status.DEADLINE_EXCEEDED, reason: 'TIMEOUT', message: 'late' },
+            },
+          },
+        )
       }),
     )
   })
@@ -148,19 +208,19 @@ describe('a response that is put together by hand is the one that the generated 
     const result = fc.record({
       id: text,
       result: fc.oneof(item, error, fc.constant(undefined)),
-      cache: fc.option(cache, { nil: undefined }),
+      answer: fc.option(answer, { nil: undefined }),
     })
     fc.assert(
       fc.property(fc.array(result, { maxLength: 6 }), (results) => {
         const given = results.map(
-          ({ id, result, cache }): BatchResult => ({
+          ({ id, result, answer }): BatchResult => ({
             id,
             item: result instanceof ItemCacheError || !result ? undefined : encoded(result),
             error: result instanceof ItemCacheError ? encodeItemError(result) : undefined,
-            cache: cache && encodedCache(cache),
+            answer,
           }),
         )
-        same(BatchGetItemsResponseSchema, encodeBatch(given), {
+        same(BatchGetItemsResponseSchema, encodeBatch(given, NOW_MS), {
           results: results.map((one) => ({
             id: one.id,
             ...(one.result instanceof ItemCacheError
@@ -181,7 +241,7 @@ describe('a response that is put together by hand is the one that the generated 
                   },
                 }
               : one.result && { result: { case: 'item' as const, value: one.result } }),
-            ...(one.cache && { cache: one.cache }),
+            ...(one.answer && { cache: statusOf(one.answer) }),
           })),
         })
       }),
@@ -190,21 +250,13 @@ describe('a response that is put together by hand is the one that the generated 
 
   test('of ListItems', () => {
     fc.assert(
-      fc.property(fc.array(item, { maxLength: 5 }), text, revision, cache, (items, token, at, cached) => {
-        same(
-          ListItemsResponseSchema,
-          encodeList(
-            encodePage({ items: items.map(snapshot), nextPageToken: token }),
-            at,
-            encodedCache(cached),
-          ),
-          {
-            items,
-            nextPageToken: token,
-            revision: BigInt(at),
-            cache: cached,
-          },
-        )
+      fc.property(fc.array(item, { maxLength: 5 }), text, answer, (items, token, from) => {
+        const page = encodePage({ items: items.map(snapshot), nextPageToken: token })
+        same(ListItemsResponseSchema, encodeList(page, from, NOW_MS), {
+          items,
+          nextPageToken: token,
+          ...origin(from),
+        })
       }),
     )
   })
