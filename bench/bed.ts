@@ -26,6 +26,7 @@ export interface Bed extends AsyncDisposable {
   /** Where PostgreSQL and Redis listen: paths of Unix sockets. */
   readonly databaseSocket: string
   readonly redisSocket: string
+  readonly redisUrl: string
   readonly versions: string
   /** A connection to PostgreSQL, closed with the bed. */
   sql(): Promise<pg.Client>
@@ -101,6 +102,7 @@ export async function startBed(): Promise<Bed> {
     databaseUrl: postgres.url,
     databaseSocket: join(new URL(postgres.url).searchParams.get('host') ?? '', '.s.PGSQL.5432'),
     redisSocket: redis.url.replace(/^unix:/, ''),
+    redisUrl: redis.url,
     versions: `node ${process.version}, PostgreSQL ${postgres.version}, ${redis.version}, ${cpus().length} cores of ${cpus()[0]?.model ?? '?'}`,
     sql,
     instance,

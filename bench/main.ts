@@ -119,9 +119,9 @@ function machine(): string {
   const version = (name: string) =>
     JSON.parse(readFileSync(join(ROOT, 'node_modules', name, 'package.json'), 'utf8')).version
   const peers = PEERS.filter((name) => name in { ...dependencies, ...devDependencies })
-  const commit = execFileSync('git', ['-C', ROOT, 'rev-parse', '--short', 'HEAD'], {
+  const { stdout: commit } = spawnSync('git', ['-C', ROOT, 'rev-parse', '--short', 'HEAD'], {
     encoding: 'utf8',
-  }).trim()
+  })
   return [
     `${cpus().length} cores of ${model}, ${Math.round(totalmem() / 2 ** 30)} GiB`,
     `Node ${process.versions.node}`,

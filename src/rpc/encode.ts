@@ -4,14 +4,22 @@
  * test decodes every form with the generated code.
  */
 import { fromBinary, toBinary } from '@bufbuild/protobuf'
-import type { ItemCacheError } from '../errors.ts'
+import { type ItemCacheError, itemNotFound } from '../errors.ts'
 import { CacheOutcome, ItemSchema, SkipReason, StaleReason, Tier } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Page } from '../service/list.ts'
 import type { Answer } from '../service/read.ts'
 import type { SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
 import { cut, type ItemMask } from './field-mask.ts'
 import { codeOf } from './status.ts'
-import { FieldWriter, fieldBytes, HEADER_BYTES, NUMBER_BYTES, varintBytes } from './wire.ts'
+import {
+  FieldWriter,
+  type Framed,
+  fieldBytes,
+  HEADER_BYTES,
+  MAX_UTF8_BYTES,
+  NUMBER_BYTES,
+  utf8Bytes,
+} from './wire.ts'
 
 export const TIERS: Readonly<Record<TierName, Tier>> = {
   memory: Tier.MEMORY,
@@ -26,39 +34,45 @@ export const SKIP_REASONS: Readonly<Record<DomainSkipReason, SkipReason>> = {
   timeout: SkipReason.TIMEOUT,
 }
 
-/** No encoded `CacheStatus` is longer. */
+/** No function here is called while another one writes. */
+const WRITER = new FieldWriter()
+const STATUS = new FieldWriter()
+
+/** No encoded `CacheStatus` is longer, so that its length is one byte. */
 const CACHE_STATUS_BYTES = 127
 
 /** Where an answer came from: an encoded `CacheStatus`. `nowMs` is the reader's clock. */
 export function cacheStatus(answer: Answer, nowMs: number): Uint8Array {
+  const writer = STATUS.start(CACHE_STATUS_BYTES)
+  putCacheStatus(writer, answer, nowMs)
+  return writer.finish()
+}
+
+function putCacheStatus(writer: FieldWriter, answer: Answer, nowMs: number): void {
   const { copy, tier, outcome, staleReason } = answer
-  const writer = new FieldWriter(CACHE_STATUS_BYTES)
   if (tier !== undefined) writer.number(1, TIERS[tier])
   writer.number(2, CacheOutcome[outcome])
   if (staleReason !== undefined) writer.number(3, StaleReason[staleReason])
   if (answer.coalesced) writer.number(4, 1)
   if (copy !== undefined) {
-    duration(writer, 5, nowMs - copy.verifiedAtMs)
-    if (outcome !== 'STALE') duration(writer, 6, copy.freshUntilMs - nowMs)
+    putDuration(writer, 5, nowMs - copy.verifiedAtMs)
+    if (outcome !== 'STALE') putDuration(writer, 6, copy.freshUntilMs - nowMs)
   }
   for (const skipped of answer.skipped) {
     writer.header(7, 4).number(1, TIERS[skipped.tier]).number(2, SKIP_REASONS[skipped.reason])
   }
   if (copy !== undefined && copy.asOf !== 0) writer.number(8, copy.asOf)
-  return writer.finish()
 }
 
 /** Milliseconds as a `Duration`; negative ones as zero. */
-function duration(writer: FieldWriter, field: number, ms: number): void {
+function putDuration(writer: FieldWriter, field: number, ms: number): void {
   const whole = Math.max(0, ms)
   const seconds = Math.floor(whole / 1000)
   const nanos = Math.floor((whole - seconds * 1000) * 1e6)
-  writer.header(
-    field,
-    (seconds === 0 ? 0 : 1 + varintBytes(seconds)) + (nanos === 0 ? 0 : 1 + varintBytes(nanos)),
-  )
+  const at = writer.begin(field)
   if (seconds !== 0) writer.number(1, seconds)
   if (nanos !== 0) writer.number(2, nanos)
+  writer.end(at)
 }
 
 /** The encoded item, cut to a mask when there is one. */
@@ -73,61 +87,87 @@ export type GetItemResult =
   | { readonly kind: 'not-modified' }
   | { readonly kind: 'none' }
 
-/** A `GetItemResponse`. `cache` is an encoded `CacheStatus`. */
-export function encodeGetItem(result: GetItemResult, cache: Uint8Array, revision: number): Uint8Array {
+/** A `GetItemResponse`. `nowMs` is the reader's clock. */
+export function encodeGetItem(result: GetItemResult, answer: Answer, nowMs: number): Framed {
   const itemBytes = result.kind === 'item' ? result.bytes.byteLength : 0
-  const writer = new FieldWriter(fieldBytes(itemBytes) + fieldBytes(cache.byteLength) + 2 * NUMBER_BYTES)
+  const writer = WRITER.start(fieldBytes(itemBytes) + SHORT_BYTES)
   if (result.kind === 'item') writer.bytes(1, result.bytes)
   else if (result.kind === 'not-modified') writer.number(2, 1)
-  writer.bytes(3, cache)
+  const cache = writer.begin(3)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(4, revision)
-  return writer.finish()
+  return writer.finishFramed()
 }
 
-/** A `StreamItemsResponse`. `cache` is an encoded `CacheStatus`, and `error` an encoded `ItemError`. */
+/** A `StreamItemsResponse`. `nowMs` is the reader's clock. */
 export function encodeStreamItem(
   correlationId: bigint,
-  result: GetItemResult | { readonly kind: 'error'; readonly error: Uint8Array },
-  cache: Uint8Array | undefined,
-  revision: number,
+  result: GetItemResult | { readonly kind: 'not-found' },
+  answer: Answer,
+  nowMs: number,
 ): Uint8Array {
-  const bytes = result.kind === 'item' ? result.bytes : result.kind === 'error' ? result.error : NOTHING
-  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + optionalBytes(cache) + 3 * NUMBER_BYTES)
+  const bytes = result.kind === 'item' ? result.bytes : result.kind === 'not-found' ? ITEM_NOT_FOUND : NOTHING
+  const writer = WRITER.start(fieldBytes(bytes.byteLength) + SHORT_BYTES)
   if (correlationId !== 0n) writer.uint64(1, correlationId)
   if (result.kind === 'item') writer.bytes(2, bytes)
   else if (result.kind === 'not-modified') writer.number(3, 1)
-  else if (result.kind === 'error') writer.bytes(4, bytes)
-  if (cache !== undefined) writer.bytes(5, cache)
+  else if (result.kind === 'not-found') writer.bytes(4, bytes)
+  const cache = writer.begin(5)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(6, revision)
   return writer.finish()
 }
 
-const NOTHING = new Uint8Array()
-
-/** One `BatchGetItemsResult`, in encoded parts; neither an item nor an error for a miss with CACHE_ONLY. */
-export interface BatchResult {
-  readonly id: string
-  readonly item: Uint8Array | undefined
-  /** An `ItemError`. */
-  readonly error: Uint8Array | undefined
-  /** A `CacheStatus`. */
-  readonly cache: Uint8Array | undefined
+/** A `StreamItemsResponse` of a look-up that failed. */
+export function encodeStreamFailure(correlationId: bigint, error: ItemCacheError): Uint8Array {
+  const bytes = encodeItemError(error)
+  const writer = WRITER.start(fieldBytes(bytes.byteLength) + NUMBER_BYTES)
+  if (correlationId !== 0n) writer.uint64(1, correlationId)
+  return writer.bytes(4, bytes).finish()
 }
 
-/** A `BatchGetItemsResponse`. */
-export function encodeBatch(results: readonly BatchResult[]): Uint8Array {
-  const lengths = results.map(
-    ({ id, item, error, cache }) =>
-      fieldBytes(Buffer.byteLength(id)) + optionalBytes(item) + optionalBytes(error) + optionalBytes(cache),
-  )
-  const writer = new FieldWriter(lengths.reduce((sum, length) => sum + fieldBytes(length), 0))
-  for (const [i, { id, item, error, cache }] of results.entries()) {
-    writer.header(1, lengths[i] ?? 0).string(1, id)
+const NOTHING = new Uint8Array()
+/** Everything in a response but the item: a status, an id of the look-up, a revision, a flag. */
+const SHORT_BYTES = fieldBytes(CACHE_STATUS_BYTES) + 3 * NUMBER_BYTES
+
+/** What became of one id of a batch: an answer, or an encoded `ItemError` that no tier gave. */
+export type BatchResult = Answer | Uint8Array
+
+/** A `BatchGetItemsResponse`, with a result for each id. `nowMs` is the reader's clock. */
+export function encodeBatch(
+  ids: readonly string[],
+  results: readonly BatchResult[],
+  mask: ItemMask | undefined,
+  nowMs: number,
+): Framed {
+  let maxBytes = 0
+  for (const [i, result] of results.entries()) {
+    const value = result instanceof Uint8Array ? result : result.copy?.bytes
+    const valueBytes = Math.max(value?.byteLength ?? 0, ITEM_NOT_FOUND.byteLength)
+    maxBytes += 4 * HEADER_BYTES + MAX_UTF8_BYTES * (ids[i]?.length ?? 0) + valueBytes + CACHE_STATUS_BYTES
+  }
+  const writer = WRITER.start(maxBytes)
+  for (const [i, result] of results.entries()) {
+    const id = ids[i] ?? ''
+    const idBytes = utf8Bytes(id)
+    const failed = result instanceof Uint8Array
+    const copy = failed ? undefined : result.copy
+    const item = copy?.bytes && masked(copy.bytes, mask)
+    const error = failed ? result : copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
+    STATUS.start(CACHE_STATUS_BYTES)
+    if (!failed) putCacheStatus(STATUS, result, nowMs)
+    const statusBytes = failed ? 0 : fieldBytes(STATUS.length)
+    writer.header(1, fieldBytes(idBytes) + optionalBytes(item) + optionalBytes(error) + statusBytes)
+    writer.string(1, id, idBytes)
     if (item !== undefined) writer.bytes(2, item)
     if (error !== undefined) writer.bytes(3, error)
-    if (cache !== undefined) writer.bytes(4, cache)
+    if (!failed) writer.message(4, STATUS)
   }
-  return writer.finish()
+  return writer.finishFramed()
 }
 
 const optionalBytes = (field: Uint8Array | undefined) =>
@@ -137,15 +177,18 @@ const optionalBytes = (field: Uint8Array | undefined) =>
 export function encodeItemError(error: ItemCacheError): Uint8Array {
   const { reason, retryAfterMs } = error
   const message = error.message.toWellFormed()
-  const writer = new FieldWriter(
-    NUMBER_BYTES + 3 * HEADER_BYTES + 2 * NUMBER_BYTES + 3 * (reason.length + message.length),
+  const writer = WRITER.start(
+    NUMBER_BYTES + 3 * HEADER_BYTES + 2 * NUMBER_BYTES + MAX_UTF8_BYTES * (reason.length + message.length),
   )
   writer.number(1, codeOf(error))
   if (reason !== '') writer.string(2, reason)
   if (message !== '') writer.string(3, message)
-  if (retryAfterMs !== undefined) duration(writer, 4, retryAfterMs)
+  if (retryAfterMs !== undefined) putDuration(writer, 4, retryAfterMs)
   return writer.finish()
 }
+
+/** What results of many say of an item that does not exist. */
+export const ITEM_NOT_FOUND = encodeItemError(itemNotFound(''))
 
 /** The part of a `ListItemsResponse` that is the same for everybody: what is cached of a page. */
 export function encodePage({ items, nextPageToken }: Page): Uint8Array {
@@ -155,24 +198,27 @@ export function encodePage({ items, nextPageToken }: Page): Uint8Array {
     (sum, { byteLength }) => sum + fieldBytes(byteLength),
     fieldBytes(token.length),
   )
-  const writer = new FieldWriter(maxBytes)
+  const writer = WRITER.start(maxBytes)
   for (const bytes of present) writer.bytes(1, bytes)
   if (token.length > 0) writer.bytes(2, token)
   return writer.finish()
 }
 
-/** A `ListItemsResponse`: a page and where it came from, an encoded `CacheStatus`. */
-export function encodeList(page: Uint8Array, revision: number, cache: Uint8Array): Uint8Array {
-  const writer = new FieldWriter(page.byteLength + NUMBER_BYTES + fieldBytes(cache.byteLength)).raw(page)
+/** A `ListItemsResponse`: a page and where it came from. `nowMs` is the reader's clock. */
+export function encodeList(page: Uint8Array, answer: Answer, nowMs: number): Framed {
+  const writer = WRITER.start(page.byteLength + SHORT_BYTES).raw(page)
+  const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(3, revision)
-  writer.bytes(4, cache)
-  return writer.finish()
+  const cache = writer.begin(4)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  return writer.finishFramed()
 }
 
 /** A message whose field 1 is an item and whose field 2 is a revision: the answers of create and update. */
-export function encodeWritten(item: Uint8Array, revision: number): Uint8Array {
-  return new FieldWriter(fieldBytes(item.byteLength) + NUMBER_BYTES)
+export function encodeWritten(item: Uint8Array, revision: number): Framed {
+  return WRITER.start(fieldBytes(item.byteLength) + NUMBER_BYTES)
     .bytes(1, item)
     .number(2, revision)
-    .finish()
+    .finishFramed()
 }

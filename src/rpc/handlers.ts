@@ -6,11 +6,12 @@ import {
   type DescMessage,
   type JsonObject,
   type JsonValue,
+  type MessageInitShape,
   type MessageShape,
   toBinary,
 } from '@bufbuild/protobuf'
 import type { UntypedServiceImplementation } from '@grpc/grpc-js'
-import { ItemCacheError } from '../errors.ts'
+import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
   BreakerState,
@@ -67,8 +68,10 @@ import {
   encodeItemError,
   encodeList,
   encodePage,
+  encodeStreamFailure,
   encodeStreamItem,
   encodeWritten,
+  type GetItemResult,
   masked,
   SKIP_REASONS,
   TIERS,
@@ -81,6 +84,7 @@ import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
   checkId,
+  checkIds,
   checkListSize,
   checkOptionalName,
   checkTag,
@@ -132,20 +136,24 @@ export function implementation(
     request: GetItemRequest,
     mask: ItemMask | undefined,
     context: CallContext,
-  ): Uint8Array {
-    const cache = cacheStatus(answer, reader.now())
+  ): Reply {
     context.tier = answer.tier
     context.outcome = answer.outcome
-    const { copy } = answer
-    if (copy === undefined) return encodeGetItem({ kind: 'none' }, cache, 0)
-    if (copy.bytes === undefined) {
-      context.cache = cache
-      throw notFound(request.id)
-    }
-    if (request.ifNoneMatch !== '' && request.ifNoneMatch === etagOf(copy.revision)) {
-      return encodeGetItem({ kind: 'not-modified' }, cache, copy.asOf)
-    }
-    return encodeGetItem({ kind: 'item', bytes: masked(copy.bytes, mask) }, cache, copy.asOf)
+    const result = resultOf(answer, request.ifNoneMatch, mask)
+    if (result.kind !== 'not-found') return encodeGetItem(result, answer, reader.now())
+    context.cache = cacheStatus(answer, reader.now())
+    throw itemNotFound(request.id)
+  }
+
+  function resultOf(
+    { copy }: Answer,
+    ifNoneMatch: string,
+    mask: ItemMask | undefined,
+  ): GetItemResult | { readonly kind: 'not-found' } {
+    if (copy === undefined) return { kind: 'none' }
+    if (copy.bytes === undefined) return { kind: 'not-found' }
+    if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) return { kind: 'not-modified' }
+    return { kind: 'item', bytes: masked(copy.bytes, mask) }
   }
 
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
@@ -159,7 +167,8 @@ export function implementation(
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
-      return encodeStreamItem(correlationId, { kind: 'error', error: encodeItemError(known) }, undefined, 0)
+      frame.metrics.countFailure(known)
+      return encodeStreamFailure(correlationId, known)
     }
     try {
       frame.rateLimit?.take(tenant)
@@ -168,19 +177,8 @@ export function implementation(
       const options = readOptions(request.options, violations)
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
-      const finish = (answer: Answer): Uint8Array => {
-        const cache = cacheStatus(answer, reader.now())
-        const { copy } = answer
-        if (copy === undefined) return encodeStreamItem(correlationId, { kind: 'none' }, cache, 0)
-        const { bytes, asOf } = copy
-        if (bytes === undefined) {
-          return encodeStreamItem(correlationId, { kind: 'error', error: ITEM_NOT_FOUND }, cache, asOf)
-        }
-        if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) {
-          return encodeStreamItem(correlationId, { kind: 'not-modified' }, cache, asOf)
-        }
-        return encodeStreamItem(correlationId, { kind: 'item', bytes: masked(bytes, mask) }, cache, asOf)
-      }
+      const finish = (answer: Answer): Uint8Array =>
+        encodeStreamItem(correlationId, resultOf(answer, ifNoneMatch, mask), answer, reader.now())
       const hit = reader.hit(tenant, id, options)
       if (hit !== undefined) return finish(hit)
       return reader.load(tenant, id, options, signal()).then(finish).catch(refuse)
@@ -193,23 +191,20 @@ export function implementation(
     const { ids } = request
     const { tenant } = context
     const violations = new Violations()
-    checkListSize(ids.length, [1, LIMITS.batchIds], 'ids', violations)
-    for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids[${i}]`, violations)
+    checkIds(ids, 'ids', violations)
     const options = readOptions(request.options, violations)
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.outcome = `${ids.length} ids`
-    const hits = ids.map((id) => {
-      const hit = reader.hit(tenant, id, options)
-      return hit && batchResult(id, hit, mask)
-    })
-    return isWhole(hits) ? encodeBatch(hits) : batchLoads(ids, hits, options, mask, context)
+    const hits = reader.hits(tenant, ids, options)
+    if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
+    return encodeBatch(ids, hits, mask, reader.now())
   }
 
   /** Loads what is missing, each id once. */
   async function batchLoads(
     ids: readonly string[],
-    hits: readonly (BatchResult | undefined)[],
+    hits: readonly (Answer | undefined)[],
     options: ReadOptions,
     mask: ItemMask | undefined,
     context: CallContext,
@@ -217,33 +212,28 @@ export function implementation(
     const missing = new Set(ids.filter((_, i) => hits[i] === undefined))
     // Slow items are given up shortly before the caller does, so that the others still reach it.
     using patience = new Patience(context)
-    const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
-    const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
-    return encodeBatch(ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? []))
+    const load = async (id: string) =>
+      [id, await batchLoad(id, options, context.tenant, patience.signal)] as const
+    const loaded = new Map(await Promise.all([...missing].map(load)))
+    const results = ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? [])
+    return encodeBatch(ids, results, mask, reader.now())
   }
 
   async function batchLoad(
     id: string,
     options: ReadOptions,
-    mask: ItemMask | undefined,
     tenant: string,
     signal: AbortSignal,
   ): Promise<BatchResult> {
     try {
-      return batchResult(id, await reader.load(tenant, id, options, signal), mask)
+      return await reader.load(tenant, id, options, signal)
     } catch (error) {
-      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return { id, item: undefined, error: encodeItemError(error), cache: undefined }
-      }
-      throw error
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
+      })
+      if (known.code === 'cancelled') throw known
+      return encodeItemError(known)
     }
-  }
-
-  function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
-    const { copy } = answer
-    const item = copy?.bytes && masked(copy.bytes, mask)
-    const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
-    return { id, item, error, cache: cacheStatus(answer, reader.now()) }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
@@ -268,7 +258,7 @@ export function implementation(
     context.outcome = answer.outcome
     const { copy } = answer
     if (copy?.bytes === undefined) throw new ItemCacheError('internal', 'a list has no page')
-    return encodeList(copy.bytes, copy.asOf, cacheStatus(answer, reader.now()))
+    return encodeList(copy.bytes, answer, reader.now())
   }
 
   async function createItem(request: CreateItemRequest, context: CallContext): Promise<Reply> {
@@ -322,7 +312,7 @@ export function implementation(
     const write = writeOf(context, DeleteItemRequestSchema, request)
     const precondition = { etag: request.etag, allowMissing: request.allowMissing }
     const { revision } = await writer.delete(write, request.id, precondition)
-    return create(DeleteItemResponseSchema, { revision: BigInt(revision) })
+    return encoded(DeleteItemResponseSchema, { revision: BigInt(revision) })
   }
 
   async function invalidateItems(request: InvalidateItemsRequest, context: CallContext): Promise<Reply> {
@@ -343,7 +333,7 @@ export function implementation(
       MODES[request.mode] ?? 'EXPIRE',
       request.refreshOrigin,
     )
-    return create(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
+    return encoded(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
   }
 
   async function inspect(request: InspectItemRequest, context: CallContext): Promise<Reply> {
@@ -352,7 +342,7 @@ export function implementation(
     violations.throwIfAny()
     context.id = request.id
     const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return create(InspectItemResponseSchema, {
+    return encoded(InspectItemResponseSchema, {
       tiers: tiers.map((found) => ({
         tier: TIERS[found.tier],
         present: found.present,
@@ -386,7 +376,7 @@ export function implementation(
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
     for (;;) {
-      yield create(WatchMetricsResponseSchema, { snapshot: metrics(request) })
+      yield encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
       await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
     }
   }
@@ -407,7 +397,7 @@ export function implementation(
       InvalidateItems: on('InvalidateItems', invalidateItems),
       InspectItem: on('InspectItem', inspect),
       GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+        encoded(GetMetricsResponseSchema, { snapshot: metrics(request) }),
       ),
     },
     streams: {
@@ -422,6 +412,9 @@ export function implementation(
   }
 }
 
+const encoded = <Desc extends DescMessage>(schema: Desc, answer: MessageInitShape<Desc>): Reply =>
+  toBinary(schema, create(schema, answer))
+
 /** More ids than this are not fetched from the origin in one call. */
 const MAX_REFETCH = 100
 
@@ -431,16 +424,9 @@ const MODES: Readonly<Record<InvalidationMode, DomainMode>> = {
   [InvalidationMode.REMOVE]: 'REMOVE',
 }
 
-function notFound(id: string): ItemCacheError {
-  return new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
-}
-
-/** What results of many say of an item that does not exist. */
-const ITEM_NOT_FOUND = encodeItemError(notFound(''))
-
 /** Whether there is nothing that has to be loaded. */
-function isWhole(results: readonly (BatchResult | undefined)[]): results is readonly BatchResult[] {
-  return !results.includes(undefined)
+function isWhole(answers: readonly (Answer | undefined)[]): answers is readonly Answer[] {
+  return !answers.includes(undefined)
 }
 
 function itemOf(request: { item?: Item | undefined }, violations: Violations): Item {
@@ -464,8 +450,7 @@ function targetOf(request: InvalidateItemsRequest, violations: Violations): Inva
   switch (target.case) {
     case 'ids': {
       const { ids } = target.value
-      checkListSize(ids.length, [1, LIMITS.batchIds], 'ids.ids', violations)
-      for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids.ids[${i}]`, violations)
+      checkIds(ids, 'ids.ids', violations)
       return { kind: 'ids', ids: [...new Set(ids)] }
     }
     case 'tags': {

@@ -119,22 +119,26 @@ export class Reader {
 
   /** The answer that memory can give, or `undefined`. Synchronous. */
   hit(tenant: string, id: string, options: ReadOptions, load?: Load): Answer | undefined {
-    const { memory, metrics, tail } = this.#parts
-    if (options.freshness === 'FRESH' || !memory.enabled || !this.#loader.isCached(tenant, id))
-      return undefined
-    const view = tail.view(tenant)
-    if (view === undefined) return undefined
+    const { metrics, tail } = this.#parts
     const startedMs = this.#options.now()
-    const copy = memory.get(tenant, id)
-    const answer =
-      copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, startedMs, load)
-    if (answer === undefined) {
-      metrics.tiers.memory.misses++
-      return undefined
-    }
-    metrics.tiers.memory.hits++
-    metrics.cachedReads.record(this.#options.now() - startedMs)
+    const answer = this.#hit(tenant, id, options, tail.view(tenant), startedMs, load)
+    if (answer !== undefined) metrics.cachedReads.record(this.#options.now() - startedMs)
     return answer
+  }
+
+  /** The answers that memory can give, in the order of the ids. Synchronous. */
+  hits(tenant: string, ids: readonly string[], options: ReadOptions): readonly (Answer | undefined)[] {
+    const { metrics, tail } = this.#parts
+    const view = tail.view(tenant)
+    const startedMs = this.#options.now()
+    let found = 0
+    const answers = ids.map((id) => {
+      const answer = this.#hit(tenant, id, options, view, startedMs, undefined)
+      if (answer !== undefined) found++
+      return answer
+    })
+    metrics.cachedReads.record((this.#options.now() - startedMs) / ids.length, found)
+    return answers
   }
 
   /** The answer for one item, from whichever tier has it. Throws `ItemCacheError`. */
@@ -205,6 +209,27 @@ export class Reader {
     return this.#loader.settled()
   }
 
+  #hit(
+    tenant: string,
+    id: string,
+    options: ReadOptions,
+    view: View | undefined,
+    nowMs: number,
+    load: Load | undefined,
+  ): Answer | undefined {
+    const { memory, metrics } = this.#parts
+    if (options.freshness === 'FRESH' || !memory.enabled || !this.#loader.isCached(tenant, id)) {
+      return undefined
+    }
+    if (view === undefined) return undefined
+    const copy = memory.get(tenant, id, nowMs)
+    const answer =
+      copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, nowMs, load)
+    if (answer === undefined) metrics.tiers.memory.misses++
+    else metrics.tiers.memory.hits++
+    return answer
+  }
+
   async #load(
     tenant: string,
     id: string,
@@ -272,6 +297,7 @@ export class Reader {
     if (now - copy.verifiedAtMs > this.#options.maxStaleMs) return undefined
     if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load })
     this.#count(tier, 'STALE', coalesced)
+    this.#parts.metrics.staleReads.REVALIDATING++
     return { copy, tier, outcome: 'STALE', staleReason: 'REVALIDATING', coalesced, skipped }
   }
 
@@ -448,13 +474,15 @@ export class Reader {
     if (verdict === 'current') view.ahead(copy)
     // A fresh copy that only the silence of the log keeps from being current is not known to be old.
     const unverified = verdict === 'current' && now < copy.freshUntilMs && !view.hasHeard(now)
+    const staleReason = unverified ? 'UNVERIFIED' : reason
     this.#count(tier, 'STALE', coalesced)
+    this.#parts.metrics.staleReads[staleReason]++
     const missed = { tier: tierDown, reason: reason === 'TIER_DOWN' ? 'down' : 'timeout' } as const
     return {
       copy,
       tier,
       outcome: 'STALE',
-      staleReason: unverified ? 'UNVERIFIED' : reason,
+      staleReason,
       coalesced,
       skipped: options.freshness === 'CACHE_ONLY' ? skipped : [...skipped, missed],
     }

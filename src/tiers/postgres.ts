@@ -17,7 +17,7 @@ import { Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
 import { encodeItem } from '../codec.ts'
-import { ItemCacheError } from '../errors.ts'
+import { ItemCacheError, itemNotFound } from '../errors.ts'
 import { TIMELINE_SPAN } from '../invalidation/view.ts'
 import { etagOf, floorTags, type ItemDraft, type ItemRecord, type JsonObject, LIMITS } from '../item.ts'
 import { migrate } from './migrate.ts'
@@ -63,11 +63,12 @@ export interface PostgresStats {
   readonly statements: { readonly read: number; readonly write: number }
   /** Transactions repeated after a deadlock or a serialisation failure. */
   readonly retries: number
-  readonly connections: { readonly read: PoolSize; readonly write: PoolSize }
+  readonly connections: { readonly read: PoolSize; readonly write: PoolSize; readonly log: PoolSize }
 }
 
 /** `waiting` counts callers without a connection. */
 export interface PoolSize {
+  readonly max: number
   readonly total: number
   readonly idle: number
   readonly waiting: number
@@ -309,6 +310,14 @@ const INSERT: Prepared = {
     ON CONFLICT (tenant, id) DO NOTHING`,
 }
 
+/** What is there afterwards, dated: the statement inserts and reads back, see `migrations/0004_insert_loaded.sql`. */
+const INSERT_LOADED: Prepared = {
+  name: 'insert-loaded',
+  text: `SELECT itemcache_timeline_start() AS timeline, current_setting('itemcache.tenant', true) AS scope,
+      loaded.as_of, ${COLUMNS}
+    FROM itemcache_insert_loaded($1, $2::jsonb) AS loaded CROSS JOIN LATERAL (SELECT (loaded.item).*) AS i`,
+}
+
 /** Touches no row whose content is the same: a write that changes nothing leaves no trace. */
 const replacing = (source: 'ORIGIN' | 'LOCAL', condition: string) => `UPDATE items i
   SET (${CONTENT.join(', ')}) = ROW (${contentOf('x')}), source = '${source}', deleted = false,
@@ -510,6 +519,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
 
   get stats(): PostgresStats {
     const sizeOf = (pool: pg.Pool): PoolSize => ({
+      max: pool.options.max,
       total: pool.totalCount,
       idle: pool.idleCount,
       waiting: pool.waitingCount,
@@ -517,7 +527,11 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return {
       statements: { ...this.#statements },
       retries: this.#retries,
-      connections: { read: sizeOf(this.#readers), write: sizeOf(this.#writers) },
+      connections: {
+        read: sizeOf(this.#readers),
+        write: sizeOf(this.#writers),
+        log: sizeOf(this.#followers),
+      },
     }
   }
 
@@ -590,8 +604,12 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   ): Promise<ReadonlyMap<string, Snapshot>> {
     for (const [id, draft] of loaded) checkSize(id, draft)
     const drafts = JSON.stringify(Array.from(loaded, ([id, draft]) => draftJson(id, draft)))
-    await this.#change(tenant, INSERT, [tenant, drafts, 'ORIGIN'], signal)
-    return this.read(tenant, [...loaded.keys()], signal)
+    const rows = await this.#retrying(signal, () =>
+      this.#withSession(this.#writers, 'write', tenant, signal, (session) =>
+        this.#query<DatedRow>(session, INSERT_LOADED, [tenant, drafts]),
+      ),
+    )
+    return snapshotsOf([...loaded.keys()], rows)
   }
 
   async refetched(
@@ -1147,7 +1165,7 @@ function checkPrecondition(
 ): ItemRow | undefined {
   const item = current?.deleted ? undefined : current
   if (item === undefined && !options.allowMissing) {
-    throw new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
+    throw itemNotFound(id)
   }
   if (options.etag !== '' && options.etag !== etagOf(item?.revision ?? 0)) {
     throw new ItemCacheError('conflict', 'the item has changed since the etag was read', {

@@ -13,8 +13,8 @@ import { describe, expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import {
   BatchGetItemsResponseSchema,
+  type BatchGetItemsResultSchema,
   CacheOutcome,
-  type CacheStatus,
   CacheStatusSchema,
   CreateItemResponseSchema,
   GetItemResponseSchema,
@@ -24,9 +24,11 @@ import {
   ListItemsResponseSchema,
   SkipReason,
   StaleReason,
+  StreamItemsResponseSchema,
   Tier,
   UpdateItemResponseSchema,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { READ_OUTCOMES, TIER_NAMES } from '../../src/observe/metrics.ts'
 import {
   type BatchResult,
   cacheStatus,
@@ -35,6 +37,8 @@ import {
   encodeItemError,
   encodeList,
   encodePage,
+  encodeStreamFailure,
+  encodeStreamItem,
   encodeWritten,
   type GetItemResult,
   masked,
@@ -42,8 +46,8 @@ import {
 import type { Answer } from '../../src/service/read.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
 
-const duration = fc.record({
-  seconds: fc.bigInt({ min: 0n, max: 315_576_000_000n }),
+const timestamp = fc.record({
+  seconds: fc.bigInt({ min: 0n, max: 253_402_300_799n }),
   nanos: fc.nat(999_999_999),
 })
 const text = fc.string({ unit: 'binary', maxLength: 20 })
@@ -55,16 +59,64 @@ const oneOf = <T>(values: Readonly<Record<string, T>>) => fc.constantFrom(...Obj
 const partly = <T>(fields: { [K in keyof T]: fc.Arbitrary<T[K]> }) =>
   fc.record<T, never>(fields, { requiredKeys: [] })
 
-const cache: fc.Arbitrary<CacheStatus> = partly({
-  tier: oneOf(Tier),
-  outcome: oneOf(CacheOutcome),
-  staleReason: oneOf(StaleReason),
+const CODES = {
+  'not-found': status.NOT_FOUND,
+  'ahead-of-log': status.OUT_OF_RANGE,
+  unavailable: status.UNAVAILABLE,
+  timeout: status.DEADLINE_EXCEEDED,
+  exhausted: status.RESOURCE_EXHAUSTED,
+} as const
+
+const NOT_FOUND = {
+  code: status.NOT_FOUND,
+  reason: 'ITEM_NOT_FOUND',
+  message: 'the item does not exist',
+} as const
+
+/** What an `ItemError` says of an error. */
+const wordsOf = ({ code, reason, message, retryAfterMs }: ItemCacheError) => ({
+  code: CODES[code as keyof typeof CODES],
+  reason,
+  message,
+  ...(retryAfterMs !== undefined && {
+    retryDelay: {
+      seconds: BigInt(Math.floor(retryAfterMs / 1000)),
+      nanos: (retryAfterMs % 1000) * 1_000_000,
+    },
+  }),
+})
+
+/** The reader's clock when the answer is given. */
+const NOW_MS = 1e12
+const time = fc.double({ min: 0, max: 2 * NOW_MS, noNaN: true })
+
+const answer: fc.Arbitrary<Answer> = fc.record({
+  copy: fc.option(
+    fc.record({
+      id: text,
+      asOf: revision,
+      bytes: fc.constant(undefined),
+      revision,
+      tags: fc.constant([]),
+      verifiedAtMs: time,
+      freshUntilMs: time,
+    }),
+    { nil: undefined },
+  ),
+  tier: fc.constantFrom(...TIER_NAMES, undefined),
+  outcome: fc.constantFrom(...READ_OUTCOMES),
+  staleReason: fc.constantFrom('REVALIDATING', 'SOFT_TIMEOUT', 'TIER_DOWN', 'UNVERIFIED', undefined),
   coalesced: fc.boolean(),
-  age: duration,
-  freshFor: duration,
-  skippedTiers: fc.array(fc.record({ tier: oneOf(Tier), reason: oneOf(SkipReason) }), { maxLength: 3 }),
-  asOf: int64,
-}).map((init) => create(CacheStatusSchema, init))
+  skipped: fc.array(
+    fc.record({ tier: fc.constantFrom(...TIER_NAMES), reason: fc.constantFrom('off', 'down', 'timeout') }),
+    { maxLength: 4 },
+  ),
+})
+
+const statusOf = (one: Answer, nowMs = NOW_MS) => fromBinary(CacheStatusSchema, cacheStatus(one, nowMs))
+
+/** What most answers say besides what they found. */
+const origin = (one: Answer) => ({ cache: statusOf(one), revision: BigInt(one.copy?.asOf ?? 0) })
 
 const attributes = fc
   .dictionary(text, fc.jsonValue({ maxDepth: 2, noUnicodeString: false }), { maxKeys: 4 })
@@ -82,12 +134,11 @@ const item: fc.Arbitrary<Item> = partly({
   attributes,
   etag: text,
   revision: int64,
-  createTime: duration,
-  updateTime: duration,
+  createTime: timestamp,
+  updateTime: timestamp,
   source: oneOf(ItemSource),
 }).map((init) => create(ItemSchema, init))
 
-const encodedCache = (one: CacheStatus) => toBinary(CacheStatusSchema, one)
 const encoded = (one: Item) => toBinary(ItemSchema, one)
 
 const snapshot = (one: Item) => ({
@@ -105,32 +156,58 @@ function same<Desc extends DescMessage>(schema: Desc, bytes: Uint8Array, init: M
 }
 
 describe('a response that is put together by hand is the one that the generated code makes', () => {
+  const result = fc.oneof(
+    fc.record({ kind: fc.constant('item' as const), item }),
+    fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
+  )
+
   test('of GetItem', () => {
-    const result = fc.oneof(
-      fc.record({ kind: fc.constant('item' as const), item }),
-      fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
-    )
     fc.assert(
-      fc.property(result, cache, revision, (one, cached, at) => {
+      fc.property(result, answer, (one, from) => {
         const given: GetItemResult = one.kind === 'item' ? { kind: 'item', bytes: encoded(one.item) } : one
-        same(GetItemResponseSchema, encodeGetItem(given, encodedCache(cached), at), {
+        same(GetItemResponseSchema, encodeGetItem(given, from, NOW_MS).message, {
           ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
           ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
-          cache: cached,
-          revision: BigInt(at),
+          ...origin(from),
         })
       }),
     )
   })
 
+  test('of StreamItems', () => {
+    const notFound = fc.record({ kind: fc.constant('not-found' as const) })
+    const correlation = fc.bigInt({ min: 0n, max: 2n ** 64n - 1n })
+    fc.assert(
+      fc.property(fc.oneof(result, notFound), answer, correlation, (one, from, correlationId) => {
+        const given = one.kind === 'item' ? { kind: one.kind, bytes: encoded(one.item) } : one
+        same(StreamItemsResponseSchema, encodeStreamItem(correlationId, given, from, NOW_MS), {
+          correlationId,
+          ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
+          ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
+          ...(one.kind === 'not-found' && {
+            result: {
+              case: 'error',
+              value: NOT_FOUND,
+            },
+          }),
+          ...origin(from),
+        })
+        same(
+          StreamItemsResponseSchema,
+          encodeStreamFailure(correlationId, new ItemCacheError('timeout', 'late')),
+          {
+            correlationId,
+            result: {
+              case: 'error',
+              value: { code: status.DEADLINE_EXCEEDED, reason: 'TIMEOUT', message: 'late' },
+            },
+          },
+        )
+      }),
+    )
+  })
+
   test('of BatchGetItems', () => {
-    const CODES = {
-      'not-found': status.NOT_FOUND,
-      'ahead-of-log': status.OUT_OF_RANGE,
-      unavailable: status.UNAVAILABLE,
-      timeout: status.DEADLINE_EXCEEDED,
-      exhausted: status.RESOURCE_EXHAUSTED,
-    } as const
     const error = fc
       .record({
         code: fc.constantFrom(...(Object.keys(CODES) as (keyof typeof CODES)[])),
@@ -147,42 +224,27 @@ describe('a response that is put together by hand is the one that the generated 
       )
     const result = fc.record({
       id: text,
-      result: fc.oneof(item, error, fc.constant(undefined)),
-      cache: fc.option(cache, { nil: undefined }),
+      from: fc.oneof(error, answer),
+      item: fc.option(item, { nil: undefined }),
     })
     fc.assert(
       fc.property(fc.array(result, { maxLength: 6 }), (results) => {
-        const given = results.map(
-          ({ id, result, cache }): BatchResult => ({
-            id,
-            item: result instanceof ItemCacheError || !result ? undefined : encoded(result),
-            error: result instanceof ItemCacheError ? encodeItemError(result) : undefined,
-            cache: cache && encodedCache(cache),
-          }),
-        )
-        same(BatchGetItemsResponseSchema, encodeBatch(given), {
-          results: results.map((one) => ({
-            id: one.id,
-            ...(one.result instanceof ItemCacheError
-              ? {
-                  result: {
-                    case: 'error' as const,
-                    value: {
-                      code: CODES[one.result.code as keyof typeof CODES],
-                      reason: one.result.reason,
-                      message: one.result.message,
-                      ...(one.result.retryAfterMs !== undefined && {
-                        retryDelay: {
-                          seconds: BigInt(Math.floor(one.result.retryAfterMs / 1000)),
-                          nanos: (one.result.retryAfterMs % 1000) * 1_000_000,
-                        },
-                      }),
-                    },
-                  },
-                }
-              : one.result && { result: { case: 'item' as const, value: one.result } }),
-            ...(one.cache && { cache: one.cache }),
-          })),
+        const given = results.map(({ from, item: held }): BatchResult => {
+          if (from instanceof ItemCacheError) return encodeItemError(from)
+          return { ...from, copy: from.copy && { ...from.copy, bytes: held && encoded(held) } }
+        })
+        const ids = results.map(({ id }) => id)
+        same(BatchGetItemsResponseSchema, encodeBatch(ids, given, undefined, NOW_MS).message, {
+          results: results.map(
+            ({ id, from, item: held }): MessageInitShape<typeof BatchGetItemsResultSchema> => {
+              if (from instanceof ItemCacheError)
+                return { id, result: { case: 'error', value: wordsOf(from) } }
+              const cache = statusOf(from)
+              if (from.copy === undefined) return { id, cache }
+              if (held !== undefined) return { id, cache, result: { case: 'item', value: held } }
+              return { id, cache, result: { case: 'error', value: NOT_FOUND } }
+            },
+          ),
         })
       }),
     )
@@ -190,21 +252,13 @@ describe('a response that is put together by hand is the one that the generated 
 
   test('of ListItems', () => {
     fc.assert(
-      fc.property(fc.array(item, { maxLength: 5 }), text, revision, cache, (items, token, at, cached) => {
-        same(
-          ListItemsResponseSchema,
-          encodeList(
-            encodePage({ items: items.map(snapshot), nextPageToken: token }),
-            at,
-            encodedCache(cached),
-          ),
-          {
-            items,
-            nextPageToken: token,
-            revision: BigInt(at),
-            cache: cached,
-          },
-        )
+      fc.property(fc.array(item, { maxLength: 5 }), text, answer, (items, token, from) => {
+        const page = encodePage({ items: items.map(snapshot), nextPageToken: token })
+        same(ListItemsResponseSchema, encodeList(page, from, NOW_MS).message, {
+          items,
+          nextPageToken: token,
+          ...origin(from),
+        })
       }),
     )
   })
@@ -213,7 +267,7 @@ describe('a response that is put together by hand is the one that the generated 
     fc.assert(
       fc.property(item, revision, (one, at) => {
         for (const schema of [CreateItemResponseSchema, UpdateItemResponseSchema]) {
-          same(schema, encodeWritten(encoded(one), at), { item: one, revision: BigInt(at) })
+          same(schema, encodeWritten(encoded(one), at).message, { item: one, revision: BigInt(at) })
         }
       }),
     )
