@@ -3,7 +3,7 @@
  * is bounded, passwords in URLs are hidden, and JSON's escaping keeps one event on one line.
  */
 import { type DestinationStream, type Logger, pino } from 'pino'
-import { type LogLevel, withoutPasswords } from '../config.ts'
+import { LOG_LEVELS, type LogLevel, withoutPasswords } from '../config.ts'
 import { ItemCacheError } from '../errors.ts'
 
 export type { Logger } from 'pino'
@@ -92,6 +92,25 @@ export function createLogger({
     },
     destination ?? pino.destination({ dest: 2, sync: true }),
   )
+}
+
+/** Changes the least level that is logged, from the next line on; false for one that does not exist. */
+export function changeLevel(log: Logger, level: string): boolean {
+  const known = LOG_LEVELS.find((one) => one === level)
+  if (known === undefined) return false
+  const from = log.level
+  const tell = () => log.warn({ from, to: known }, 'the log level is changed')
+  // While it can be seen.
+  const before = log.isLevelEnabled('warn')
+  if (before) tell()
+  log.level = known
+  if (!before) tell()
+  return true
+}
+
+/** Back to `configured`, or to debug when that is the level now. */
+export function toggleDebug(log: Logger, configured: LogLevel): void {
+  changeLevel(log, log.level === 'debug' ? configured : 'debug')
 }
 
 /** The value as a log line may hold it: bounded in length, depth and number of entries, without secrets. */

@@ -109,7 +109,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
   function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
     const violations = new Violations()
     checkId(request.id, 'id', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.id = request.id
@@ -143,9 +143,10 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
   function streamItem(
     request: StreamItemsRequest,
-    { tenant }: CallContext,
+    context: CallContext,
     signal: () => AbortSignal,
   ): Reply | Promise<Reply> {
+    const { tenant } = context
     const { correlationId, id, ifNoneMatch } = request
     const refuse = (error: unknown) => {
       const known = toItemCacheError(error, (reference, err) => {
@@ -157,7 +158,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       frame.rateLimit?.take(tenant)
       const violations = new Violations()
       checkId(id, 'id', violations)
-      const options = readOptions(request.options, violations)
+      const options = context.traced(readOptions(request.options, violations))
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
       const finish = (answer: Answer): Uint8Array => {
@@ -186,7 +187,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     checkListSize(request.ids.length, [1, LIMITS.batchIds], 'ids', violations)
     for (const [i, id] of request.ids.slice(0, LIMITS.batchIds).entries())
       checkId(id, `ids[${i}]`, violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     const results = new Map<string, BatchResult | Promise<BatchResult>>()
@@ -250,6 +251,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       { tenant: context.tenant, pageSize, pageToken, category, tag },
       encodePage,
       context.signal,
+      context.trace,
     )
     context.tier = answer.tier
     context.outcome = answer.outcome
@@ -465,10 +467,10 @@ function writeOf<Desc extends DescMessage>(
   schema: Desc,
   request: MessageShape<Desc> & { requestId: string; item?: Item | undefined },
 ): Write {
-  const { tenant, clientId, signal } = context
+  const { tenant, clientId, signal, trace } = context
   const { requestId } = request
   const fingerprint = requestId === '' ? '' : digest(schema, request)
-  return { tenant, requestId, fingerprint, clientId, signal }
+  return { tenant, requestId, fingerprint, clientId, signal, trace }
 }
 
 /** The same for equal requests, in whatever order a client has encoded the entries of their maps. */

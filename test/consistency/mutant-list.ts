@@ -58,8 +58,8 @@ const SLOW_APPLICATION: readonly Edit[] = [
 /** Slow load: many readers of a key meet in one flight. */
 const SLOW_READS: Edit = {
   file: POSTGRES,
-  find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))',
-  put: `const answer = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+  find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span))',
+  put: `const answer = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span)
     await sleep(this.#random() * 150)
     return snapshotsOf(ids, answer)`,
 }
@@ -323,10 +323,10 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: POSTGRES,
-        find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))',
-        put: `const rows = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+        find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span))',
+        put: `const rows = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span)
     await sleep(this.#random() * 50)
-    const [later] = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+    const [later] = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span)
     return snapshotsOf(ids, rows.map((row) => ({ ...row, as_of: later?.as_of ?? row.as_of })))`,
       },
     ],
@@ -651,8 +651,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: POSTGRES,
-        find: 'return this.read(tenant, [...loaded.keys()], signal)',
-        put: `const rows = await this.read(tenant, [...loaded.keys()], signal)
+        find: 'return this.read(tenant, [...loaded.keys()], signal, span)',
+        put: `const rows = await this.read(tenant, [...loaded.keys()], signal, span)
     return new Map(
       [...rows].map(([id, row]) => {
         const record = { ...(loaded.get(id) as ItemDraft), id, source: 'ORIGIN' as const, revision: row.revision }
