@@ -138,7 +138,7 @@ async function logLevel(
     text += String(chunk)
     if (text.length > MAX_LEVEL_BYTES) break
   }
-  const level = text.trim()
+  const level = text.length > MAX_LEVEL_BYTES ? '' : text.trim()
   if (!logLevel.set(level)) {
     const body = 'the body must be a level: trace, debug, info, warn, error, fatal, silent\n'
     return { status: 400, contentType: TEXT, body }

@@ -169,7 +169,12 @@ function presentableError(error: Error, depth: number): PresentedError {
   return shown
 }
 
+/** What JSON leaves as it is, and a terminal or an editor may take for a command, a new line, or a change of direction. */
+const COMMANDS = /[\u007f-\u009f\u2028-\u202e\u2066-\u2069]/g
+const shownAsCode = (character: string) => `\\u${character.charCodeAt(0).toString(16).padStart(4, '0')}`
+
 function bounded(text: string, max: number): string {
-  const safe = withoutPasswords(text.length > 2 * max ? text.slice(0, 2 * max) : text)
+  const cut = text.length > 2 * max ? text.slice(0, 2 * max) : text
+  const safe = withoutPasswords(cut).replace(COMMANDS, shownAsCode)
   return safe.length > max ? `${safe.slice(0, max - 1).toWellFormed()}…` : safe
 }

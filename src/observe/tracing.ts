@@ -179,6 +179,7 @@ export class Trace implements TierSpan, Disposable {
   readonly #many: boolean
   #context: Context | undefined
   #silent: Trace | undefined
+  #waitedForLog = false
   #load: Trace | undefined
   #loads = 0
   #children = 0
@@ -228,6 +229,9 @@ export class Trace implements TierSpan, Disposable {
   /** A call of a tier begins, about so many keys. */
   tier(operation: TierOperation, keys: number): Trace {
     const tier = operation.replace(/\..*/, '') as TierName
+    // All look-ups of a call wait for the tenant's log together.
+    if (operation === 'postgres.log' && this.#waitedForLog) return this.#passing
+    this.#waitedForLog ||= operation === 'postgres.log'
     const { name, attributes }: Operation = OPERATIONS[operation]
     const kind = tier === 'memory' ? SpanKind.INTERNAL : SpanKind.CLIENT
     return this.#child(name, kind, {
@@ -314,16 +318,19 @@ export class Trace implements TierSpan, Disposable {
     return this.#context
   }
 
+  /** Stands for a child that is left out: passes this span's context on. */
+  get #passing(): Trace {
+    this.#silent ??= new Trace(this.#tracing, this.span, this.#epochMs, false, false)
+    return this.#silent
+  }
+
   #now(): number {
     return this.#epochMs + performance.now()
   }
 
   #child(name: string, kind: SpanKind, attributes: Attributes): Trace {
     if (!this.recorded) return this
-    if (this.#children++ >= MAX_CHILDREN) {
-      this.#silent ??= new Trace(this.#tracing, this.span, this.#epochMs, false, false)
-      return this.#silent
-    }
+    if (this.#children++ >= MAX_CHILDREN) return this.#passing
     const options = { kind, attributes, startTime: this.#now() }
     const span = this.#tracing.options.tracer.startSpan(name, options, this.#here)
     return new Trace(this.#tracing, span, this.#epochMs, span.isRecording(), false)

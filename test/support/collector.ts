@@ -1,4 +1,5 @@
 /** A collector of traces for tests: takes OTLP over HTTP (Protobuf or JSON) and over gRPC, and shows what has come. */
+import { once } from 'node:events'
 import { createServer, type IncomingMessage } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { promisify } from 'node:util'
@@ -37,7 +38,8 @@ export interface Collector extends AsyncDisposable {
   trace(traceId: string): readonly ReceivedSpan[]
 }
 
-export async function startCollector(): Promise<Collector> {
+/** `gate`: when it opens, requests are answered. */
+export async function startCollector(gate?: Promise<void>): Promise<Collector> {
   const spans: ReceivedSpan[] = []
   const contentTypes = new Set<string>()
   const server = createServer(async (request, response) => {
@@ -46,9 +48,10 @@ export async function startCollector(): Promise<Collector> {
     contentTypes.add(type)
     if (request.url === '/v1/traces')
       spans.push(...(type.endsWith('json') ? fromJson(body) : fromBinary(body)))
+    await gate
     response.writeHead(200, { 'content-type': type }).end(type.endsWith('json') ? '{}' : '')
   })
-  await promisify(server.listen.bind(server, 0, '127.0.0.1'))()
+  await once(server.listen(0, '127.0.0.1'), 'listening')
   const url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`
   return collector(url, spans, contentTypes, async () => {
     server.closeAllConnections()
@@ -107,113 +110,72 @@ async function bodyOf(request: IncomingMessage): Promise<Buffer> {
   return Buffer.concat(chunks)
 }
 
-/** Calls `field` for every field of a message with what it holds: a number of Protobuf's wire format or bytes. */
-function fields(
-  bytes: Uint8Array,
-  field: {
-    bytes?: (number: number, value: Uint8Array) => void
-    number?: (number: number, value: bigint) => void
-  },
-): void {
-  const reader = new BinaryReader(bytes)
-  while (reader.pos < reader.len) {
-    const [number, type] = reader.tag()
-    // Read in any case, whether somebody wants it or not.
-    const value = type === 2 ? reader.bytes() : numberIn(reader, type)
-    if (typeof value === 'bigint') field.number?.(number, value)
-    else field.bytes?.(number, value)
+/** What the fields of a message hold, by their numbers. */
+class Fields {
+  readonly #values = new Map<number, (Uint8Array | bigint)[]>()
+
+  constructor(message: Uint8Array) {
+    const reader = new BinaryReader(message)
+    while (reader.pos < reader.len) {
+      const [number, type] = reader.tag()
+      const values = this.#values.get(number) ?? []
+      this.#values.set(number, values)
+      if (type === 2) values.push(reader.bytes())
+      else if (type === 1) values.push(BigInt(reader.fixed64()))
+      else values.push(BigInt(type === 5 ? reader.fixed32() : reader.uint64()))
+    }
+  }
+
+  bytes(number: number): Uint8Array[] {
+    return (this.#values.get(number) ?? []).filter((value) => typeof value !== 'bigint')
+  }
+  messages(number: number): Fields[] {
+    return this.bytes(number).map((bytes) => new Fields(bytes))
+  }
+  text(number: number, encoding: 'utf8' | 'hex' = 'utf8'): string {
+    return Buffer.from(this.bytes(number)[0] ?? []).toString(encoding)
+  }
+  number(number: number): bigint | undefined {
+    return (this.#values.get(number) ?? []).find((value) => typeof value === 'bigint')
+  }
+  attributes(number: number): Attributes {
+    return Object.fromEntries(
+      this.messages(number).map((pair) => [pair.text(1), attributeValue(pair.messages(2)[0])]),
+    )
   }
 }
 
-function numberIn(reader: BinaryReader, type: number): bigint {
-  if (type === 1) return BigInt(reader.fixed64())
-  return BigInt(type === 5 ? reader.fixed32() : reader.uint64())
+function attributeValue(value: Fields | undefined): AttributeValue {
+  const truth = value?.number(2)
+  if (truth !== undefined) return truth === 1n
+  const integer = value?.number(3)
+  return integer === undefined ? (value?.text(1) ?? '') : Number(BigInt.asIntN(64, integer))
 }
-
-const hex = (bytes: Uint8Array) => Buffer.from(bytes).toString('hex')
-const text = (bytes: Uint8Array) => Buffer.from(bytes).toString()
 
 /** Of `opentelemetry.proto.collector.trace.v1.ExportTraceServiceRequest`. */
 function fromBinary(request: Uint8Array): ReceivedSpan[] {
-  const spans: ReceivedSpan[] = []
-  fields(request, {
-    bytes(_, resourceSpans) {
-      let resource: Attributes = {}
-      fields(resourceSpans, {
-        bytes(number, value) {
-          if (number === 1) resource = attributesIn(value, 1)
-          else if (number === 2)
-            fields(value, { bytes: (inner, span) => inner === 2 && spans.push(spanOf(span, resource)) })
-        },
-      })
-    },
+  return new Fields(request).messages(1).flatMap((resourceSpans) => {
+    const resource = resourceSpans.messages(1)[0]?.attributes(1) ?? {}
+    const scopes = resourceSpans.messages(2)
+    return scopes.flatMap((scope) => scope.messages(2).map((span) => spanOf(span, resource)))
   })
-  return spans
 }
 
-function spanOf(bytes: Uint8Array, resource: Attributes): ReceivedSpan {
-  const ids = new Map<number, string>()
-  const numbers = new Map<number, bigint>()
-  let name = ''
-  let status = 0
-  const events: ReceivedSpan['events'][number][] = []
-  const links: ReceivedSpan['links'][number][] = []
-  fields(bytes, {
-    bytes(number, value) {
-      if (number === 5) name = text(value)
-      else if (number === 11) {
-        let event = ''
-        fields(value, { bytes: (inner, part) => inner === 2 && (event = text(part)) })
-        events.push({ name: event, attributes: attributesIn(value, 3) })
-      } else if (number === 13) {
-        const link = new Map<number, string>()
-        fields(value, { bytes: (inner, part) => link.set(inner, hex(part)) })
-        links.push({ traceId: link.get(1) ?? '', spanId: link.get(2) ?? '' })
-      } else if (number === 15) {
-        fields(value, { number: (inner, code) => inner === 3 && (status = Number(code)) })
-      } else ids.set(number, hex(value))
-    },
-    number: (number, value) => void numbers.set(number, value),
-  })
+function spanOf(span: Fields, resource: Attributes): ReceivedSpan {
   return {
-    traceId: ids.get(1) ?? '',
-    spanId: ids.get(2) ?? '',
-    parentSpanId: ids.get(4) ?? '',
-    name,
-    kind: Number(numbers.get(6) ?? 0),
-    start: numbers.get(7) ?? 0n,
-    end: numbers.get(8) ?? 0n,
-    attributes: attributesIn(bytes, 9),
-    events,
-    links,
-    status,
+    traceId: span.text(1, 'hex'),
+    spanId: span.text(2, 'hex'),
+    parentSpanId: span.text(4, 'hex'),
+    name: span.text(5),
+    kind: Number(span.number(6) ?? 0),
+    start: span.number(7) ?? 0n,
+    end: span.number(8) ?? 0n,
+    attributes: span.attributes(9),
+    events: span.messages(11).map((event) => ({ name: event.text(2), attributes: event.attributes(3) })),
+    links: span.messages(13).map((link) => ({ traceId: link.text(1, 'hex'), spanId: link.text(2, 'hex') })),
+    status: Number(span.messages(15)[0]?.number(3) ?? 0),
     resource,
   }
-}
-
-/** The pairs of name and value in a field of a message. */
-function attributesIn(bytes: Uint8Array, field: number): Attributes {
-  const attributes: Record<string, AttributeValue> = {}
-  fields(bytes, {
-    bytes(number, pair) {
-      if (number !== field) return
-      let key = ''
-      let value: AttributeValue = ''
-      fields(pair, {
-        bytes(part, content) {
-          if (part === 1) key = text(content)
-          else
-            fields(content, {
-              bytes: (kind, string) => kind === 1 && (value = text(string)),
-              number: (kind, number) =>
-                (value = kind === 2 ? number === 1n : Number(BigInt.asIntN(64, number))),
-            })
-        },
-      })
-      attributes[key] = value
-    },
-  })
-  return attributes
 }
 
 interface JsonValue {
