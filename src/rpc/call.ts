@@ -1,29 +1,27 @@
 /** One call: who asks, until when, and the frame in which every handler runs. */
 import { randomBytes } from 'node:crypto'
-import type { EventEmitter } from 'node:events'
-import type {
-  handleBidiStreamingCall,
-  handleServerStreamingCall,
-  handleUnaryCall,
-  ServerDuplexStream,
-  ServerUnaryCall,
-  ServerWritableStream,
-  sendUnaryData,
-} from '@grpc/grpc-js'
+import type { handleBidiStreamingCall, handleServerStreamingCall, ServerWritableStream } from '@grpc/grpc-js'
 import { status } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
-import type { CacheStatus } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
 import type { RequestLog } from '../observe/request-log.ts'
 import type { Trace, Tracing } from '../observe/tracing.ts'
 import type { ReadOptions } from '../service/read.ts'
-import { type Authenticator, authorize, isWrite, single, whenCredentialEnds } from './auth.ts'
+import {
+  type Authenticator,
+  authorize,
+  type CallMetadata,
+  isWrite,
+  single,
+  whenCredentialEnds,
+} from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
-import { tooMuchUnsent, type Unsent, weightInStream, weightOf, whenClosed } from './unsent.ts'
+import type { UnaryMethod } from './unary-call.ts'
+import { tooMuchUnsent, type Unsent, weightInStream, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -48,10 +46,14 @@ export interface CallFrame {
   readonly hurrying: AbortSignal
 }
 
-type AnyCall =
-  | ServerUnaryCall<unknown, Reply>
-  | ServerWritableStream<unknown, Reply>
-  | ServerDuplexStream<unknown, Reply>
+/** What the frame needs of a call, whoever has made it of the stream. */
+interface AnyCall {
+  readonly metadata: CallMetadata
+  readonly cancelled: boolean
+  getDeadline(): Date | number
+  getPeer(): string
+  on(event: 'cancelled', listener: () => void): unknown
+}
 
 /** What a handler knows of its call besides the request. */
 export class CallContext {
@@ -62,13 +64,14 @@ export class CallContext {
   readonly #maxDeadlineMs: number
   #controller: AbortController | undefined
   #timer: NodeJS.Timeout | undefined
+  #traceId: string | undefined
 
   /** For the log line: what the handler found out. */
   id: string | undefined
   tier: string | undefined
   outcome: string | undefined
-  /** Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
-  cache: CacheStatus | undefined
+  /** An encoded `CacheStatus`. Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
+  cache: Uint8Array | undefined
 
   constructor(call: AnyCall, tenant: string, maxDeadlineMs: number, trace: Trace | undefined) {
     this.#call = call
@@ -85,6 +88,11 @@ export class CallContext {
   /** The trace's id: the 32 hex digits of the W3C trace context, or a new one. */
   get traceId(): string {
     if (this.trace !== undefined) return this.trace.traceId
+    this.#traceId ??= this.#givenTraceId()
+    return this.#traceId
+  }
+
+  #givenTraceId(): string {
     const given = this.#call.metadata.get('traceparent')[0]?.toString() ?? ''
     return (
       /^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$/.exec(given)?.[1] ??
@@ -107,9 +115,8 @@ export class CallContext {
     if (this.#controller === undefined) {
       const controller = new AbortController()
       this.#controller = controller
-      const call: EventEmitter = this.#call
       const cancel = () => controller.abort(whyGone(this.#call))
-      call.on('cancelled', cancel)
+      this.#call.on('cancelled', cancel)
       // It may have happened while the credential was checked.
       if (this.#call.cancelled) cancel()
       this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.remainingMs)
@@ -170,41 +177,40 @@ export function unary<Request>(
   frame: CallFrame,
   method: string,
   handler: UnaryHandler<Request>,
-): handleUnaryCall<Request | Malformed, Reply> {
+): UnaryMethod['handle'] {
   const rpc = frame.metrics.rpc(method)
   const writes = isWrite(method)
-  return (call, callback) => {
+  const answerLeft = () => {
+    frame.metrics.openAnswers--
+  }
+  return (call) => {
     const account = new Account(frame, rpc, method, call)
     let context: CallContext | undefined
+    const refuse = (error: unknown) => call.refuse(account.fail(context, error))
     const send = (reply: Reply) => {
       const weight = weightOf(reply)
       const tenant = context?.tenant ?? ''
       // What has been written is acknowledged in any case.
-      if (writes || frame.unsent.hasRoomFor(weight, tenant)) {
-        frame.unsent.addUntilClosed(weight, tenant, call)
-        account.reply(context, callback, reply)
-      } else account.refuse(context, callback, tooMuchUnsent())
-    }
-    const answerLeft = () => {
-      frame.metrics.openAnswers--
+      if (!writes && !frame.unsent.hasRoomFor(weight, tenant)) return refuse(tooMuchUnsent())
+      frame.unsent.addUntilClosed(weight, tenant, call)
+      account.finish(context, status.OK)
+      call.reply(reply)
     }
     const answer = ({ tenant }: Identity) => {
       // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer.
-      if (whenClosed(call, answerLeft)) frame.metrics.openAnswers++
+      if (call.whenClosed(answerLeft)) frame.metrics.openAnswers++
       if (writes && !frame.unsent.mayWrite(tenant)) throw tooMuchUnsent()
       context = new CallContext(call, tenant, frame.maxDeadlineMs, account.trace)
-      const reply = handler(wellFormed(call.request), context)
-      if (reply instanceof Promise) {
-        reply.then(send, (error: unknown) => account.refuse(context, callback, error))
-      } else send(reply)
+      const reply = handler(wellFormed(call.request as Request | Malformed), context)
+      if (reply instanceof Promise) reply.then(send, refuse)
+      else send(reply)
     }
     try {
       const identity = admitted(frame, method, call)
-      if (identity instanceof Promise) {
-        identity.then(answer).catch((error: unknown) => account.refuse(context, callback, error))
-      } else answer(identity)
+      if (identity instanceof Promise) identity.then(answer).catch(refuse)
+      else answer(identity)
     } catch (error) {
-      account.refuse(context, callback, error)
+      refuse(error)
     }
   }
 }
@@ -477,15 +483,6 @@ class Account {
     this.#startedMs = frame.now()
     rpc.started++
     frame.metrics.openCalls++
-  }
-
-  reply(context: CallContext | undefined, callback: sendUnaryData<Reply>, reply: Reply): void {
-    this.finish(context, status.OK)
-    callback(null, reply)
-  }
-
-  refuse(context: CallContext | undefined, callback: sendUnaryData<Reply>, error: unknown): void {
-    callback(this.fail(context, error))
   }
 
   fail(context: CallContext | undefined, error: unknown) {
