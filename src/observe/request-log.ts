@@ -22,16 +22,16 @@ export interface RequestLine {
   readonly method: string
   /** The name of the gRPC status. */
   readonly code: string
-  readonly trace_id: string | undefined
+  readonly trace_id?: string | undefined
   readonly span_id?: string | undefined
-  readonly tenant: string | undefined
-  readonly id: string | undefined
+  readonly tenant?: string | undefined
+  readonly id?: string | undefined
   /** Whether memory or Redis gave the answer; `undefined` for what is no read of one item or page. */
-  readonly cache_hit: boolean | undefined
-  readonly tier: string | undefined
-  readonly outcome: string | undefined
+  readonly cache_hit?: boolean | undefined
+  readonly tier?: string | undefined
+  readonly outcome?: string | undefined
   readonly duration_ms: number
-  readonly reason: string | undefined
+  readonly reason?: string | undefined
 }
 
 /** Statuses that somebody who runs the service should know of. */

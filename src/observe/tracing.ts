@@ -71,8 +71,8 @@ const script = (name: string): Operation => ({
   attributes: { 'db.operation.name': 'EVALSHA', 'db.stored_procedure.name': name },
 })
 
-/** Everything that is done with a tier. */
-const OPERATIONS = {
+/** Everything that is done with a tier. `db.query.text` is left out: there is one statement for each of these. */
+export const OPERATIONS = {
   memory: { name: 'memory', attributes: {} },
   'redis.read': { name: 'PIPELINE GET', attributes: { 'db.operation.name': 'PIPELINE GET' } },
   'redis.store': script('store_copy'),

@@ -6,7 +6,7 @@ import { InMemorySpanExporter, SimpleSpanProcessor, TracerProvider } from '@open
 import { describe, expect, test } from 'vitest'
 import { parseConfig } from '../../src/config.ts'
 import { ItemCacheError } from '../../src/errors.ts'
-import { Tracing } from '../../src/observe/tracing.ts'
+import { OPERATIONS, Tracing } from '../../src/observe/tracing.ts'
 import { serverOf } from '../../src/observe/tracing-sdk.ts'
 
 const METHOD = 'itemcache.v1.ItemCacheService/GetItem'
@@ -174,6 +174,27 @@ describe('tracing', () => {
     expect(loaded).toContain('pg')
     expect([...loaded].filter((name) => name.startsWith('@opentelemetry/'))).toEqual([])
   })
+})
+
+test('docs/tracing.md names every span, event and attribute', () => {
+  const page = readFileSync('docs/tracing.md', 'utf8')
+  const sources = [
+    'src/observe/tracing.ts',
+    'src/observe/tracing-sdk.ts',
+    'src/service/walk.ts',
+    'src/service/read.ts',
+    'src/service/load.ts',
+    'src/service/stampede.ts',
+    'src/tiers/origin.ts',
+  ].map((file) => readFileSync(file, 'utf8'))
+  const found = (pattern: RegExp) =>
+    sources.flatMap((source) => [...source.matchAll(pattern)].map(([, name = '']) => name))
+  const attributes = found(/'((?:itemcache|rpc|db|http|url|server|client|network|error)\.[a-z_.]+)'/g)
+  const events = found(/\.event\('([a-z]+)'/g)
+  expect(new Set(attributes).size).toBeGreaterThan(25)
+  expect(new Set(events).size).toBeGreaterThan(5)
+  const spans = Object.values(OPERATIONS).map(({ name }) => name)
+  for (const name of [...attributes, ...events, ...spans]) expect(page).toContain(`\`${name}\``)
 })
 
 test.each([
