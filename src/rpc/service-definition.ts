@@ -8,6 +8,7 @@ import {
   toBinary,
 } from '@bufbuild/protobuf'
 import type { ServiceDefinition } from '@grpc/grpc-js'
+import { Framed } from './wire.ts'
 
 /**
  * A request that could not be decoded. grpc-js would answer INTERNAL if the deserialiser threw, so the handler
@@ -21,7 +22,7 @@ export class Malformed {
 }
 
 /** What a handler may answer: a message, or one that is encoded already. */
-export type Reply = Message | Uint8Array
+export type Reply = Message | Uint8Array | Framed
 
 const asBuffer = (bytes: Uint8Array): Buffer => Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
 
@@ -38,7 +39,9 @@ function deserializer<Desc extends DescMessage>(desc: Desc) {
 
 function serializer<Desc extends DescMessage>(desc: Desc) {
   return (reply: Reply): Buffer =>
-    asBuffer(reply instanceof Uint8Array ? reply : toBinary(desc, reply as MessageShape<Desc>))
+    reply instanceof Framed
+      ? reply.message
+      : asBuffer(reply instanceof Uint8Array ? reply : toBinary(desc, reply as MessageShape<Desc>))
 }
 
 /** The definition, its methods keyed by their names in the proto. */

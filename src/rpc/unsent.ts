@@ -2,13 +2,14 @@
 
 import { ItemCacheError } from '../errors.ts'
 import type { UnaryCall } from './unary-call.ts'
+import { Framed } from './wire.ts'
 
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
 const SMALL_BYTES = 4096
 
 /** What an answer counts of which one call may have many. */
 export function weightInStream(reply: unknown): number {
-  return reply instanceof Uint8Array ? reply.byteLength : 0
+  return reply instanceof Uint8Array ? reply.byteLength : reply instanceof Framed ? reply.bytes.byteLength : 0
 }
 
 /** What the answer of a call counts. */
