@@ -8,14 +8,20 @@ import { ItemCacheError } from './errors.ts'
 import { Subscriptions } from './invalidation/subscriptions.ts'
 import { Tail } from './invalidation/tail.ts'
 import { startAdmin } from './observe/admin.ts'
+import { Feed } from './observe/feed.ts'
+import { History } from './observe/history.ts'
+import type { MemoryUse, Part } from './observe/live-message.ts'
+import { LivePage } from './observe/live-page.ts'
 import type { Logger } from './observe/log.ts'
 import { Metrics } from './observe/metrics.ts'
 import { prometheusText } from './observe/prometheus.ts'
 import { startAuth } from './rpc/auth.ts'
+import { inspectJson } from './rpc/inspect-message.ts'
 import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
 import { Unsent } from './rpc/unsent.ts'
+import type { InspectedParts } from './service/inspect.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -83,6 +89,8 @@ const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
 const HEALTH_INTERVAL_MS = 1_000
 const HEALTH_PATIENCE_MS = 2_000
+/** How often Redis is asked what it takes, while somebody looks. */
+const REDIS_MEMORY_MS = 5_000
 /** How often the files of TLS are looked at. */
 const TLS_INTERVAL_MS = 5_000
 
@@ -243,12 +251,32 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   let draining = false
   let postgresAnswers = true
   const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
+  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
+  const page =
+    config.admin === undefined || config.livePage.to === 'nobody'
+      ? undefined
+      : started.use(
+          livePage(config, log, {
+            metrics,
+            memory,
+            connected,
+            redis,
+            store,
+            origin,
+            tail,
+            subscriptions,
+            unsent,
+            inspected: parts,
+            health: () => ({ ready: isServing() && !draining, draining, postgresAnswers }),
+          }),
+        )
   const admin =
     config.admin &&
     started.use(
       await startAdmin({
         ...config.admin,
         metrics: prometheusText(metrics, config.version),
+        page,
         ready: async () => ({
           ready: isServing() && !draining,
           detail: {
@@ -263,7 +291,6 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
-  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
@@ -294,6 +321,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     waiting_reads: postgres.stats.connections.read.waiting,
     waiting_writes: postgres.stats.connections.write.waiting,
     rate_limit_tenants: rateLimit?.tenants ?? 0,
+    live_pages: page?.listeners ?? 0,
   })
   started.defer(async () => {
     log.info('draining')
@@ -485,6 +513,102 @@ function keepTrimmed(source: LogSource, retention: Config['retention'], log: Log
       closing.abort()
       await trimming
     },
+  }
+}
+
+/** What the live page shows. */
+interface Shown {
+  readonly metrics: Metrics
+  readonly memory: MemoryTier
+  readonly connected: RedisTier | undefined
+  readonly redis: GuardedRedis | undefined
+  readonly store: GuardedStore
+  readonly origin: GuardedOrigin | undefined
+  readonly tail: Tail
+  readonly subscriptions: Subscriptions
+  readonly unsent: Unsent
+  readonly inspected: InspectedParts
+  readonly health: () => {
+    readonly ready: boolean
+    readonly draining: boolean
+    readonly postgresAnswers: boolean
+  }
+}
+
+function livePage(config: Config, log: Logger, shown: Shown): LivePage {
+  const { metrics, memory, connected, redis, store, origin, tail, health } = shown
+  const now = Date.now
+  const feed = new Feed(now)
+  tail.follow(feed)
+  const states = (): Part[] => [
+    { name: 'memory', state: memory.enabled ? 'ready' : 'off' },
+    { name: 'redis', state: connected?.state ?? 'off', ...(redis && { breaker: redis.state }) },
+    { name: 'postgres', state: health().postgresAnswers ? 'ready' : 'down', breaker: store.state },
+    { name: 'origin', state: origin ? 'on' : 'off', ...(origin && { breaker: origin.state }) },
+    { name: 'log', state: tail.failing ? 'down' : 'ready' },
+  ]
+  const redisMemory = remembered(REDIS_MEMORY_MS, async () => connected?.memory())
+  const memoryUse = (): MemoryUse => {
+    const { entries, bytes, evictions } = memory.stats()
+    const { maxEntries, maxBytes } = config.memory
+    const inRedis = redisMemory()
+    const { rss, heapUsed } = process.memoryUsage()
+    return {
+      memory: {
+        on: memory.enabled,
+        entries,
+        maxEntries,
+        bytes,
+        maxBytes,
+        evictions: evictions.entries + evictions.bytes,
+      },
+      ...(inRedis && { redis: inRedis }),
+      process: { residentBytes: rss, heapBytes: heapUsed },
+      unsentBytes: shown.unsent.bytes,
+      ringBytes: shown.subscriptions.held().ring_bytes,
+    }
+  }
+  return new LivePage({
+    version: config.version,
+    access: config.livePage,
+    history: new History({ metrics, parts: states, now }),
+    feed,
+    now: () => {
+      const { ready, draining } = health()
+      return {
+        timeMs: now(),
+        startMs: metrics.startTimeMs,
+        ready,
+        draining,
+        parts: states(),
+        violations: metrics.probes.violation,
+        openCalls: metrics.openCalls,
+        subscribers: metrics.subscribers,
+        memory: memoryUse(),
+      }
+    },
+    inspect: (tenant, id) => inspectJson(shown.inspected, metrics, tenant, id),
+    onError: (error) => log.error({ err: error }, 'the live page failed'),
+  })
+}
+
+/** The last answer; the next one is asked for when somebody wants to know and the last is older than `ms`. */
+function remembered<T>(ms: number, ask: () => Promise<T>): () => T | undefined {
+  let answer: T | undefined
+  let askedAtMs = Number.NEGATIVE_INFINITY
+  return () => {
+    if (performance.now() - askedAtMs >= ms) {
+      askedAtMs = performance.now()
+      ask().then(
+        (found) => {
+          answer = found
+        },
+        () => {
+          answer = undefined
+        },
+      )
+    }
+    return answer
   }
 }
 

@@ -13,7 +13,6 @@ import type { UntypedServiceImplementation } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
-  BreakerState,
   type CreateItemRequest,
   CreateItemRequestSchema,
   type DeleteItemRequest,
@@ -23,7 +22,6 @@ import {
   type GetMetricsRequest,
   GetMetricsResponseSchema,
   type InspectItemRequest,
-  InspectItemResponseSchema,
   type InvalidateItemsRequest,
   InvalidateItemsRequestSchema,
   InvalidateItemsResponseSchema,
@@ -31,7 +29,6 @@ import {
   type Item,
   ItemCacheService,
   type ListItemsRequest,
-  SkipReason,
   type StreamItemsRequest,
   type UpdateItemRequest,
   UpdateItemRequestSchema,
@@ -40,7 +37,7 @@ import {
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions } from '../invalidation/subscriptions.ts'
 import { etagOf, LIMITS } from '../item.ts'
-import { type InspectedParts, inspectItem } from '../service/inspect.ts'
+import type { InspectedParts } from '../service/inspect.ts'
 import { readPage } from '../service/list.ts'
 import type { Answer, Reader, ReadOptions } from '../service/read.ts'
 import type { Write, Writer } from '../service/write.ts'
@@ -69,13 +66,12 @@ import {
   encodeStreamItem,
   encodeWritten,
   masked,
-  SKIP_REASONS,
-  TIERS,
 } from './encode.ts'
 import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-mask.ts'
+import { inspectMessage } from './inspect-message.ts'
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration, toItemCacheError } from './status.ts'
+import { toItemCacheError } from './status.ts'
 import {
   checkDraft,
   checkId,
@@ -338,28 +334,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     checkId(request.id, 'id', violations)
     violations.throwIfAny()
     context.id = request.id
-    const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return create(InspectItemResponseSchema, {
-      tiers: tiers.map((found) => ({
-        tier: TIERS[found.tier],
-        present: found.present,
-        negative: found.negative ?? false,
-        current: found.verdict === 'current',
-        asOf: BigInt(found.asOf ?? 0),
-        ...(found.ageMs !== undefined && { age: toDuration(found.ageMs) }),
-        ...(found.ttlMs !== undefined && { remainingTtl: toDuration(found.ttlMs) }),
-        sizeBytes: BigInt(found.sizeBytes ?? 0),
-        skipped: found.skipped === undefined ? SkipReason.UNSPECIFIED : SKIP_REASONS[found.skipped],
-        servedByOrigin: found.tier === 'origin' && servedByOrigin,
-        breaker: BreakerState[frame.metrics.tiers[found.tier].breaker() ?? 'UNSPECIFIED'],
-      })),
-      floors: {
-        tenantFloor: BigInt(floors.tenantFloor),
-        keyFloor: BigInt(floors.keyFloor),
-        tagFloors: floors.tagFloors.map(({ tag, floor }) => ({ tag, floor: BigInt(floor) })),
-        removedFloor: BigInt(floors.removedFloor),
-      },
-    })
+    return inspectMessage(inspected, frame.metrics, context.tenant, request.id)
   }
 
   const metrics = ({ includeBuckets }: GetMetricsRequest | WatchMetricsRequest) =>

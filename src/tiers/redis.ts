@@ -237,6 +237,25 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     }
   }
 
+  /**
+   * The bytes that Redis takes, of all masters together, and its maximum (absent: it has none). `undefined`: it is down, or
+   * does not tell.
+   */
+  async memory(): Promise<{ readonly usedBytes: number; readonly maxBytes?: number } | undefined> {
+    if (this.#client.status !== 'ready') return undefined
+    const nodes = this.#client instanceof Cluster ? this.#client.nodes('master') : [this.#client]
+    try {
+      const told = await this.#inTime(Promise.all(nodes.map((node) => node.info('memory'))))
+      const sum = (field: string) =>
+        told.reduce((bytes, text) => bytes + Number(text.match(`(?:^|\n)${field}:(\\d+)`)?.[1]), 0)
+      const [usedBytes, maxBytes] = [sum('used_memory'), sum('maxmemory')]
+      if (Number.isNaN(usedBytes)) return undefined
+      return { usedBytes, ...(maxBytes > 0 && { maxBytes }) }
+    } catch {
+      return undefined
+    }
+  }
+
   /** Lets running commands finish, within the command timeout, and disconnects. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closing = true

@@ -32,6 +32,7 @@ describe('without any variable', () => {
       version: JSON.parse(readFileSync('package.json', 'utf8')).version,
       listen: { host: '127.0.0.1', port: 50051 },
       admin: { host: '127.0.0.1', port: 9464 },
+      livePage: { to: 'this-machine', names: [] },
       auth: { kind: 'none' },
       tls: undefined,
       rateLimit: undefined,
