@@ -37,8 +37,10 @@ import type { LogSource, TierName } from './tiers/tier.ts'
 export interface App extends AsyncDisposable {
   /** Where gRPC is served, with the port that was really bound. */
   readonly address: HostPort
-  /** Where health and metrics are served over HTTP; `undefined` when that is off. */
+  /** Where health, metrics and the live page are served over HTTP; `undefined` when that is off. */
   readonly admin: HostPort | undefined
+  /** Whether there is a live page. */
+  readonly livePage: boolean
   /** What each tier is, in words for the start banner. */
   readonly tiers: Readonly<Record<TierName, string>>
   /** What callers need, for the examples of the start banner. */
@@ -349,6 +351,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   return {
     address: grpc.address,
     admin: admin?.address,
+    livePage: page !== undefined,
     tiers: {
       memory: config.memory.enabled ? `up to ${config.memory.maxEntries} items` : 'off',
       redis: redis === undefined ? 'off' : `${servers.redis.description}, ${connected?.state}`,
@@ -626,7 +629,7 @@ export function banner(app: App): string {
   const { tls, credential } = app.needs
   const flags = `${tls ? '-cacert ca.pem' : '-plaintext'}${credential ? ' -H "authorization: Bearer $TOKEN"' : ''}`
   return [
-    `ItemCache serves gRPC on ${address}${app.admin ? `, health and metrics on http://${formatAddress(app.admin)}` : ''}`,
+    `ItemCache serves gRPC on ${address}${app.admin ? `, ${app.livePage ? 'health, metrics and a live page' : 'health and metrics'} on http://${formatAddress(app.admin)}` : ''}`,
     '',
     `  memory     ${memory}`,
     `  Redis      ${redis}`,
