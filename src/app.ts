@@ -143,12 +143,15 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     now,
     random,
   })
+  // There is no page yet.
+  let tellPage = () => {}
   const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
     ...config.breaker,
-    onStateChange: (state: BreakerState) =>
-      state === 'CLOSED'
-        ? log.info({ tier, breaker: state }, 'the circuit breaker is closed')
-        : log.warn({ tier, breaker: state }, 'the circuit breaker is not closed'),
+    onStateChange: (state: BreakerState) => {
+      if (state === 'CLOSED') log.info({ tier, breaker: state }, 'the circuit breaker is closed')
+      else log.warn({ tier, breaker: state }, 'the circuit breaker is not closed')
+      tellPage()
+    },
   })
   const connected =
     servers.redis.url === undefined
@@ -166,6 +169,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             onStateChange: (state, reason) => {
               if (state === 'ready') log.info({ tier: 'redis' }, 'Redis is ready')
               else log.warn({ tier: 'redis', reason }, 'Redis is down: the service goes on without it')
+              tellPage()
             },
           }),
         )
@@ -272,6 +276,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             health: () => ({ ready: isServing() && !draining, draining, postgresAnswers }),
           }),
         )
+  if (page !== undefined) tellPage = () => page.changed()
   const admin =
     config.admin &&
     started.use(
@@ -332,11 +337,13 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   })
   started.use(
     watchPostgres(postgres, (answers) => {
-      if (answers !== postgresAnswers) {
+      const changed = answers !== postgresAnswers
+      if (changed) {
         if (answers) log.info({ tier: 'postgres' }, 'PostgreSQL answers again')
         else log.warn({ tier: 'postgres' }, 'PostgreSQL does not answer: warm items are still served')
       }
       postgresAnswers = answers
+      if (changed) tellPage()
       grpc.setServing(isServing())
     }),
   )

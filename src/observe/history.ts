@@ -70,7 +70,7 @@ export class History {
 
   /** Takes the sample of the time since the last one. To be called once a second. */
   take(): void {
-    const { metrics, parts, now } = this.#options
+    const { metrics, now } = this.#options
     const timeMs = now()
     const counters = countersOf(metrics)
     const grown = counters.map((value, i) => value - (this.#before[i] ?? 0))
@@ -92,7 +92,7 @@ export class History {
     this.#taken++
     this.#takenAtMs = timeMs
     this.#before = counters
-    this.#noteOutages(parts(), timeMs)
+    this.noteOutages()
     if (timeMs - this.#rpcsLately.timeMs >= RPC_WINDOW_MS) {
       this.#rpcsBefore = this.#rpcsLately
       this.#rpcsLately = new RpcMark(metrics, timeMs)
@@ -115,20 +115,10 @@ export class History {
     return this.#outages
   }
 
-  /** The methods that were called most in the last 30 to 60 s. */
-  rpcs(): RpcRow[] {
-    const { metrics, now } = this.#options
-    return this.#rpcsBefore.rowsSince(metrics, now()).slice(0, MAX_RPCS)
-  }
-
-  #sample(index: number): Sample {
-    const from = (index % HISTORY_SECONDS) * COLUMNS.length
-    const [timeMs = 0, ...numbers] = this.#ring.subarray(from, from + COLUMNS.length)
-    return [timeMs, ...numbers.map((value) => (Number.isNaN(value) ? null : Number(value.toPrecision(4))))]
-  }
-
-  #noteOutages(parts: readonly Part[], timeMs: number): void {
-    for (const { name, state, breaker = 'CLOSED' } of parts) {
+  /** Looks at the parts now, rather than with the next sample. */
+  noteOutages(): void {
+    const timeMs = this.#options.now()
+    for (const { name, state, breaker = 'CLOSED' } of this.#options.parts()) {
       const what = state === 'down' ? 'down' : breaker === 'CLOSED' ? undefined : 'failing'
       const at = this.#outages.findLastIndex(({ part }) => part === name)
       const last = this.#outages[at]
@@ -142,6 +132,18 @@ export class History {
         this.#outages[at] = { ...last, what }
       }
     }
+  }
+
+  /** The methods that were called most in the last 30 to 60 s. */
+  rpcs(): RpcRow[] {
+    const { metrics, now } = this.#options
+    return this.#rpcsBefore.rowsSince(metrics, now()).slice(0, MAX_RPCS)
+  }
+
+  #sample(index: number): Sample {
+    const from = (index % HISTORY_SECONDS) * COLUMNS.length
+    const [timeMs = 0, ...numbers] = this.#ring.subarray(from, from + COLUMNS.length)
+    return [timeMs, ...numbers.map((value) => (Number.isNaN(value) ? null : Number(value.toPrecision(4))))]
   }
 }
 

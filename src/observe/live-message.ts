@@ -119,9 +119,9 @@ export interface History {
   readonly now: Now
 }
 
-/** The event `second`. */
+/** The event `second`. It comes between two seconds, too, without a sample, when a part has changed its state. */
 export interface Second {
-  readonly sample: Sample
+  readonly sample: Sample | null
   /** Since the last event; the oldest first. */
   readonly invalidations: readonly FedInvalidation[]
   readonly now: Now

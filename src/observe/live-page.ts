@@ -20,7 +20,7 @@ import { type Config, isLoopback } from '../config.ts'
 import { ItemCacheError } from '../errors.ts'
 import type { Feed } from './feed.ts'
 import { COLUMNS, HISTORY_SECONDS, type History } from './history.ts'
-import type { History as HistoryMessage, Now, Second } from './live-message.ts'
+import type { History as HistoryMessage, Now, Sample, Second } from './live-message.ts'
 
 /** Pages that are open at once. */
 export const MAX_LISTENERS = 16
@@ -29,6 +29,7 @@ export const MAX_UNREAD_BYTES = 1024 * 1024
 /** Look-ups that are under way at once. */
 const MAX_LOOK_UPS = 4
 const TICK_MS = 1_000
+const CHANGES_MS = 100
 
 /** What the live page shows, and to whom. */
 export interface LivePageOptions {
@@ -89,19 +90,14 @@ export class LivePage implements Disposable {
   readonly #files = new Map<string, File>()
   readonly #listeners = new Set<ServerResponse>()
   readonly #timer: NodeJS.Timeout
+  #telling: NodeJS.Timeout | undefined
   /** The newest row of the feed that listeners have. */
   #fed = 0
   #lookUps = 0
 
   constructor(options: LivePageOptions) {
     this.#options = options
-    this.#timer = setInterval(() => {
-      try {
-        this.tick()
-      } catch (error) {
-        options.onError?.(error)
-      }
-    }, TICK_MS)
+    this.#timer = setInterval(() => this.#guarded(() => this.tick()), TICK_MS)
     this.#timer.unref()
   }
 
@@ -130,19 +126,42 @@ export class LivePage implements Disposable {
 
   /** A second has passed: takes its sample, and tells it to whoever listens. */
   tick(): void {
-    const { history, feed } = this.#options
+    const { history } = this.#options
     history.take()
-    const { newest } = history
+    this.#tell(history.newest ?? null)
+  }
+
+  /** A part has changed its state: who listens is told at once, but at most ten times a second. */
+  changed(): void {
+    this.#options.history.noteOutages()
+    this.#telling ??= setTimeout(() => {
+      this.#telling = undefined
+      this.#guarded(() => this.#tell(null))
+    }, CHANGES_MS).unref()
+  }
+
+  #tell(sample: Sample | null): void {
+    const { feed } = this.#options
     const after = this.#fed
     this.#fed = feed.seq
-    if (this.#listeners.size === 0 || newest === undefined) return
-    const second: Second = { sample: newest, invalidations: feed.after(after), now: this.#now() }
+    if (this.#listeners.size === 0) return
+    const second: Second = { sample, invalidations: feed.after(after), now: this.#now() }
     const message = eventOf('second', second)
     for (const listener of this.#listeners) this.#send(listener, message)
   }
 
+  /** What a timer calls must not throw. */
+  #guarded(action: () => void): void {
+    try {
+      action()
+    } catch (error) {
+      this.#options.onError?.(error)
+    }
+  }
+
   [Symbol.dispose](): void {
     clearInterval(this.#timer)
+    clearTimeout(this.#telling)
     for (const listener of this.#listeners) listener.destroy()
   }
 

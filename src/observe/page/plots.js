@@ -231,7 +231,9 @@ class Plot {
       ...this.#lines.map(({ name, look }) =>
         element('li', {}, key(look), element('span', {}, name), element('span', { class: 'value' }, '–')),
       ),
-      ...(this.#kind.remark === undefined ? [] : [element('li', { class: 'quiet' }, this.#kind.remark)]),
+      ...(this.#kind.remark === undefined
+        ? []
+        : [element('li', { class: 'quiet remark' }, this.#kind.remark)]),
       this.#when,
     )
     this.#head.replaceChildren(
