@@ -105,11 +105,7 @@ function stateOf({ state, breaker }) {
   return { level: 'well', text: state === 'on' ? 'on' : 'ready' }
 }
 
-const BREAKERS = {
-  CLOSED: 'breaker closed',
-  HALF_OPEN: 'breaker half-open: a probe is under way',
-  OPEN: 'breaker open: left alone but for probes',
-}
+const BREAKERS = { CLOSED: 'breaker closed', HALF_OPEN: 'breaker half-open', OPEN: 'breaker open' }
 
 /** @param {Now} now */
 export function showParts(now) {
