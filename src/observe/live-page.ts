@@ -42,6 +42,8 @@ export interface LivePageOptions {
   /** The answer of InspectItem as its JSON form. Throws `ItemCacheError`. */
   readonly inspect: (tenant: string, id: string) => Promise<unknown>
   readonly onError?: (error: unknown) => void
+  /** Between two samples. Default: 1,000. */
+  readonly tickMs?: number
 }
 
 interface File {
@@ -97,7 +99,7 @@ export class LivePage implements Disposable {
 
   constructor(options: LivePageOptions) {
     this.#options = options
-    this.#timer = setInterval(() => this.#guarded(() => this.tick()), TICK_MS)
+    this.#timer = setInterval(() => this.#guarded(() => this.tick()), options.tickMs ?? TICK_MS)
     this.#timer.unref()
   }
 
@@ -140,6 +142,12 @@ export class LivePage implements Disposable {
     }, CHANGES_MS).unref()
   }
 
+  [Symbol.dispose](): void {
+    clearInterval(this.#timer)
+    clearTimeout(this.#telling)
+    for (const listener of this.#listeners) listener.destroy()
+  }
+
   #tell(sample: Sample | null): void {
     const { feed } = this.#options
     const after = this.#fed
@@ -157,12 +165,6 @@ export class LivePage implements Disposable {
     } catch (error) {
       this.#options.onError?.(error)
     }
-  }
-
-  [Symbol.dispose](): void {
-    clearInterval(this.#timer)
-    clearTimeout(this.#telling)
-    for (const listener of this.#listeners) listener.destroy()
   }
 
   #now(): Now {
