@@ -21,6 +21,7 @@ import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
 import { Unsent } from './rpc/unsent.ts'
+import { MAX_FLIGHTS } from './service/flights.ts'
 import type { InspectedParts } from './service/inspect.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
@@ -29,7 +30,7 @@ import { type BreakerState, GuardedOrigin, GuardedRedis, GuardedStore } from './
 import { MemoryTier } from './tiers/memory.ts'
 import { FakeStoreOrigin } from './tiers/origin.ts'
 import { connectPostgres, type PostgresTier } from './tiers/postgres.ts'
-import { REDIS_OFF, RedisTier } from './tiers/redis.ts'
+import { REDIS_OFF, type RedisServer, RedisTier } from './tiers/redis.ts'
 import { describeRedis } from './tiers/redis-url.ts'
 import type { LogSource, TierName } from './tiers/tier.ts'
 
@@ -101,7 +102,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const { log, progress = () => {}, now = () => performance.now(), random = Math.random } = options
   const { ttl, timeouts, pools, bounds } = config
   await using started = new AsyncDisposableStack()
-  const metrics = new Metrics({ methods: RPC_METHODS })
+  const metrics = new Metrics({ methods: RPC_METHODS, maxTenants: config.metricsTenants })
   // First, since these are mistakes of the operator's that need no server to be found.
   const auth = startAuth(config.auth, { log })
   const tls = config.tls && new TlsCredentials(config.tls, log)
@@ -148,6 +149,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
     ...config.breaker,
     onStateChange: (state: BreakerState) => {
+      metrics.breakerChanges[tier][state]++
       if (state === 'CLOSED') log.info({ tier, breaker: state }, 'the circuit breaker is closed')
       else log.warn({ tier, breaker: state }, 'the circuit breaker is not closed')
       tellPage()
@@ -233,7 +235,13 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   metrics.tiers.origin.breaker = () => origin?.state
 
   const rateLimit =
-    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
+    config.rateLimit &&
+    new RateLimit({
+      ...config.rateLimit,
+      maxTenants: bounds.tenants,
+      now,
+      onRefused: (tenant) => metrics.tenant(tenant).rateLimited++,
+    })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
   const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
@@ -282,7 +290,25 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     started.use(
       await startAdmin({
         ...config.admin,
-        metrics: prometheusText(metrics, config.version),
+        metrics: prometheusText(metrics, config.version, {
+          ready: () => isServing() && !draining,
+          up: () => ({ ...(connected && { redis: connected.state === 'ready' }), postgres: postgresAnswers }),
+          memory: config.memory,
+          heldMax: {
+            calls: config.grpc.maxCalls,
+            open_answers: config.grpc.maxCalls,
+            streams: 2 * config.grpc.maxCalls,
+            unsent_bytes: config.grpc.maxAnswerMemoryBytes,
+            flights: MAX_FLIGHTS,
+            waiting_reads: pools.postgresQueue,
+            waiting_writes: pools.postgresQueue,
+            rings: bounds.tenants,
+          },
+          logHeardAgeMs: () => tail.heardAgeMs(),
+          postgres: () => postgres.stats,
+          redis: connected && { counters: connected.counters, servers: () => connected.servers() },
+          certificateEndsAtMs: () => tls?.endsAtMs,
+        }),
         page,
         ready: async () => ({
           ready: isServing() && !draining,
@@ -557,11 +583,11 @@ function livePage(config: Config, log: Logger, shown: Shown): LivePage {
     { name: 'origin', state: origin ? 'on' : 'off', ...(origin && { breaker: origin.state }) },
     { name: 'log', state: tail.failing ? 'down' : 'ready' },
   ]
-  const redisMemory = remembered(REDIS_MEMORY_MS, async () => connected?.memory())
+  const redisServers = remembered(REDIS_MEMORY_MS, async () => connected?.servers())
   const memoryUse = (): MemoryUse => {
     const { entries, bytes, evictions } = memory.stats()
     const { maxEntries, maxBytes } = config.memory
-    const inRedis = redisMemory()
+    const inRedis = inAll(redisServers() ?? [])
     const { rss, heapUsed } = process.memoryUsage()
     return {
       memory: {
@@ -600,6 +626,15 @@ function livePage(config: Config, log: Logger, shown: Shown): LivePage {
     inspect: (tenant, id) => inspectJson(shown.inspected, metrics, tenant, id),
     onError: (error) => log.error({ err: error }, 'the live page failed'),
   })
+}
+
+/** What the servers of a Redis take together; `undefined` when one does not tell, or there is none. */
+function inAll(servers: readonly RedisServer[]): MemoryUse['redis'] {
+  const used = servers.map(({ usedBytes }) => usedBytes ?? Number.NaN)
+  const most = servers.map(({ maxBytes }) => maxBytes ?? Number.NaN)
+  const [usedBytes, maxBytes] = [used, most].map((sizes) => sizes.reduce((sum, size) => sum + size, 0))
+  if (servers.length === 0 || usedBytes === undefined || Number.isNaN(usedBytes)) return undefined
+  return { usedBytes, ...(maxBytes !== undefined && !Number.isNaN(maxBytes) && { maxBytes }) }
 }
 
 /** The last answer; the next one is asked for when somebody wants to know and the last is older than `ms`. */

@@ -231,7 +231,7 @@ class RpcMark {
 function endedOf(rpc: RpcMetrics) {
   const ended = new LatencyHistogram()
   const failed: Record<string, number> = {}
-  for (const [name, latency] of rpc.byStatus) {
+  for (const [name, { latency }] of rpc.byStatus) {
     ended.add(latency)
     if (name !== 'OK') failed[name] = latency.count
   }

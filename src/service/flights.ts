@@ -153,7 +153,7 @@ export class Flight {
 }
 
 /** Most flights that are under way at once: one more load is refused. Callers who share a flight are no more flights. */
-const MAX_FLIGHTS = 100_000
+export const MAX_FLIGHTS = 100_000
 
 /** A multi-key read never asks a tier for more keys than this at once. */
 const MAX_KEYS = 500

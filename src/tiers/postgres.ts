@@ -63,11 +63,12 @@ export interface PostgresStats {
   readonly statements: { readonly read: number; readonly write: number }
   /** Transactions repeated after a deadlock or a serialisation failure. */
   readonly retries: number
-  readonly connections: { readonly read: PoolSize; readonly write: PoolSize }
+  readonly connections: { readonly read: PoolSize; readonly write: PoolSize; readonly log: PoolSize }
 }
 
 /** `waiting` counts callers without a connection. */
 export interface PoolSize {
+  readonly max: number
   readonly total: number
   readonly idle: number
   readonly waiting: number
@@ -510,6 +511,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
 
   get stats(): PostgresStats {
     const sizeOf = (pool: pg.Pool): PoolSize => ({
+      max: pool.options.max,
       total: pool.totalCount,
       idle: pool.idleCount,
       waiting: pool.waitingCount,
@@ -517,7 +519,11 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     return {
       statements: { ...this.#statements },
       retries: this.#retries,
-      connections: { read: sizeOf(this.#readers), write: sizeOf(this.#writers) },
+      connections: {
+        read: sizeOf(this.#readers),
+        write: sizeOf(this.#writers),
+        log: sizeOf(this.#followers),
+      },
     }
   }
 

@@ -85,6 +85,20 @@ export interface RedisCounters {
   roundTrips: number
 }
 
+/** What a Redis server says of itself. What it does not tell is `undefined`. */
+export interface RedisServer {
+  /** `host:port`, or the path of its socket. */
+  readonly node: string
+  /** Connections of all clients. */
+  readonly connectedClients: number | undefined
+  readonly maxClients: number | undefined
+  readonly usedBytes: number | undefined
+  /** `undefined`, too, when there is no bound. */
+  readonly maxBytes: number | undefined
+  /** Whether it makes room for new copies when it is full. */
+  readonly evicts: boolean
+}
+
 const COMMANDS_PER_PIPELINE = 50
 const TIMED_OUT = 'Command timed out'
 const RECONNECT_MAX_MS = 1_000
@@ -237,23 +251,17 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     }
   }
 
-  /**
-   * The bytes that Redis takes, of all masters together, and its maximum (absent: it has none). `undefined`: it is down, or
-   * does not tell.
-   */
-  async memory(): Promise<{ readonly usedBytes: number; readonly maxBytes?: number } | undefined> {
-    if (this.#client.status !== 'ready') return undefined
-    const nodes = this.#client instanceof Cluster ? this.#client.nodes('master') : [this.#client]
-    try {
-      const told = await this.#inTime(Promise.all(nodes.map((node) => node.info('memory'))))
-      const sum = (field: string) =>
-        told.reduce((bytes, text) => bytes + Number(text.match(`(?:^|\n)${field}:(\\d+)`)?.[1]), 0)
-      const [usedBytes, maxBytes] = [sum('used_memory'), sum('maxmemory')]
-      if (Number.isNaN(usedBytes)) return undefined
-      return { usedBytes, ...(maxBytes > 0 && { maxBytes }) }
-    } catch {
-      return undefined
-    }
+  /** The servers that answer, of a cluster the primaries. Never throws: a user who may not ask learns nothing. */
+  async servers(): Promise<readonly RedisServer[]> {
+    const client = this.#client
+    if (client.status !== 'ready') return []
+    const nodes = client instanceof Cluster ? client.nodes('master') : [client]
+    const asked = nodes.map(async (node) => {
+      const { path, host, port } = node.options
+      return serverOf(path ?? `${host}:${port}`, await this.#inTime(node.info()))
+    })
+    const answers = await Promise.allSettled(asked)
+    return answers.flatMap((answer) => (answer.status === 'fulfilled' ? [answer.value] : []))
   }
 
   /** Lets running commands finish, within the command timeout, and disconnects. */
@@ -373,6 +381,25 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     } finally {
       clearTimeout(timer)
     }
+  }
+}
+
+/** What the answer to INFO says. */
+function serverOf(node: string, info: string): RedisServer {
+  const fields = new Map(
+    [...info.matchAll(/^(\w+):(.*?)\r?$/gm)].map(([, name = '', value = '']) => [name, value]),
+  )
+  const number = (name: string) => {
+    const value = Number.parseInt(fields.get(name) ?? '', 10)
+    return Number.isNaN(value) ? undefined : value
+  }
+  return {
+    node,
+    connectedClients: number('connected_clients'),
+    maxClients: number('maxclients'),
+    usedBytes: number('used_memory'),
+    maxBytes: number('maxmemory') || undefined,
+    evicts: fields.get('maxmemory_policy') !== 'noeviction',
   }
 }
 
