@@ -225,10 +225,11 @@ export function implementation(
     try {
       return await reader.load(tenant, id, options, signal)
     } catch (error) {
-      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return encodeItemError(error)
-      }
-      throw error
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
+      })
+      if (known.code === 'cancelled') throw known
+      return encodeItemError(known)
     }
   }
 
