@@ -19,6 +19,7 @@ import {
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
+import type { RequestLog } from '../observe/request-log.ts'
 import { codeName, codeOf, toStatus, trailersOnly } from './status.ts'
 import { type CallOwner, UnaryCall, type UnaryMethod } from './unary-call.ts'
 
@@ -42,6 +43,7 @@ export interface IntakeOptions {
   /** A connection without a stream is closed after this time. */
   readonly maxIdleMs: number
   readonly log: Logger
+  readonly requests: RequestLog
   readonly metrics: Metrics
   /** Monotonic, milliseconds. */
   readonly now: () => number
@@ -287,7 +289,7 @@ export class Intake implements Disposable {
 
   /** Answers a call of which no handler knows yet. */
   refuse({ stream, path, kind, sinceMs, taken, unary }: Call, error: ItemCacheError): void {
-    const { metrics, log, now } = this.#options
+    const { metrics, requests, now } = this.#options
     const failure = toStatus(error)
     // The handler of any other kind has not been called yet, and so the call not been counted.
     if (kind !== 'bidi') {
@@ -295,9 +297,11 @@ export class Intake implements Disposable {
       const code = codeName(codeOf(error))
       const rpc = metrics.rpc(method)
       rpc.started++
-      rpc.finish(code, now() - sinceMs)
+      const durationMs = now() - sinceMs
+      rpc.finish(code, durationMs)
+      const duration_ms = Math.round(durationMs * 1000) / 1000
+      requests.write({ method, code, duration_ms, reason: error.reason }, false, true)
       metrics.countFailure(error)
-      log.debug({ method, code, reason: error.reason }, 'request')
     }
     // The caller may go on sending. Closed at once, the stream would take the answer with it.
     setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), ANSWER_LEAVES_MS).unref()
