@@ -241,6 +241,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     failureTtlMs: ttl.failureMs,
     lockTtlMs: timeouts.lockMs,
     earlyRefresh: ttl.earlyRefresh,
+    // Of the connections for reads two are left for others.
+    largeReads: Math.max(1, Math.ceil(pools.postgres / 2) - 2),
     rolloutPercent: config.rolloutPercent,
     now,
     random,

@@ -18,7 +18,7 @@ import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply, wireBytes } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
 import type { UnaryMethod } from './unary-call.ts'
-import { tooMuchUnsent, type Unsent, weightInStream, weightOf } from './unsent.ts'
+import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -339,7 +339,7 @@ export function lookUpStream<Request>(
     }
     const answer = (reply: Reply) => {
       if (over) return
-      const weight = weightInStream(reply)
+      const weight = reply.byteLength
       const tenant = context?.tenant ?? ''
       if (!frame.unsent.hasRoomFor(weight, tenant)) return fail(tooMuchUnsent())
       frame.unsent.add(weight, tenant)

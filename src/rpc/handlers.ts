@@ -72,7 +72,6 @@ import {
   encodeStreamItem,
   encodeWritten,
   type GetItemResult,
-  ITEM_NOT_FOUND,
   masked,
   SKIP_REASONS,
   TIERS,
@@ -137,7 +136,7 @@ export function implementation(
     request: GetItemRequest,
     mask: ItemMask | undefined,
     context: CallContext,
-  ): Uint8Array {
+  ): Reply {
     context.tier = answer.tier
     context.outcome = answer.outcome
     const result = resultOf(answer, request.ifNoneMatch, mask)
@@ -199,10 +198,7 @@ export function implementation(
     context.outcome = `${ids.length} ids`
     const hits = reader.hits(tenant, ids, options)
     if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
-    return encodeBatch(
-      hits.map((hit, i) => batchResult(ids[i] ?? '', hit, mask)),
-      reader.now(),
-    )
+    return encodeBatch(ids, hits, mask, reader.now())
   }
 
   /** Loads what is missing, each id once. */
@@ -216,37 +212,28 @@ export function implementation(
     const missing = new Set(ids.filter((_, i) => hits[i] === undefined))
     // Slow items are given up shortly before the caller does, so that the others still reach it.
     using patience = new Patience(context)
-    const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
-    const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
-    const results = ids.flatMap((id, i) => {
-      const hit = hits[i]
-      return hit === undefined ? (loaded.get(id) ?? []) : batchResult(id, hit, mask)
-    })
-    return encodeBatch(results, reader.now())
+    const load = async (id: string) =>
+      [id, await batchLoad(id, options, context.tenant, patience.signal)] as const
+    const loaded = new Map(await Promise.all([...missing].map(load)))
+    const results = ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? [])
+    return encodeBatch(ids, results, mask, reader.now())
   }
 
   async function batchLoad(
     id: string,
     options: ReadOptions,
-    mask: ItemMask | undefined,
     tenant: string,
     signal: AbortSignal,
   ): Promise<BatchResult> {
     try {
-      return batchResult(id, await reader.load(tenant, id, options, signal), mask)
+      return await reader.load(tenant, id, options, signal)
     } catch (error) {
-      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return { id, item: undefined, error: encodeItemError(error), answer: undefined }
-      }
-      throw error
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
+      })
+      if (known.code === 'cancelled') throw known
+      return encodeItemError(known)
     }
-  }
-
-  function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
-    const { copy } = answer
-    const item = copy?.bytes && masked(copy.bytes, mask)
-    const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
-    return { id, item, error, answer }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {

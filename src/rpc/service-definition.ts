@@ -1,6 +1,7 @@
 /** A grpc-js service definition made out of a protobuf-es service descriptor. */
 import { type DescMessage, type DescService, fromBinary, type MessageShape } from '@bufbuild/protobuf'
 import type { ServiceDefinition } from '@grpc/grpc-js'
+import { Framed } from './wire.ts'
 
 /**
  * A request that could not be decoded. grpc-js would answer INTERNAL if the deserialiser threw, so the handler
@@ -14,7 +15,7 @@ export class Malformed {
 }
 
 /** What a handler answers: a message, encoded. */
-export type Reply = Uint8Array
+export type Reply = Uint8Array | Framed
 
 /** How many bytes a request of a stream took, framing left out, for the metrics. */
 export const wireBytes = (request: unknown): number => (request as Sized)[WIRE_BYTES] ?? 0
@@ -37,6 +38,8 @@ function deserializer<Desc extends DescMessage>(desc: Desc) {
   }
 }
 
+const serialize = (reply: Reply): Buffer => (reply instanceof Framed ? reply.message : asBuffer(reply))
+
 function sized<Request extends object>(deserialize: (bytes: Buffer) => Request) {
   return (bytes: Buffer): Request => {
     const request: Request & Sized = deserialize(bytes)
@@ -57,7 +60,7 @@ export function grpcDefinition(service: DescService): ServiceDefinition {
         requestSerialize: asBuffer,
         requestDeserialize:
           method.methodKind === 'unary' ? deserializer(method.input) : sized(deserializer(method.input)),
-        responseSerialize: asBuffer,
+        responseSerialize: serialize,
         responseDeserialize: deserializer(method.output),
       },
     ]),

@@ -222,7 +222,7 @@ export class Reader {
       return undefined
     }
     if (view === undefined) return undefined
-    const copy = memory.get(tenant, id)
+    const copy = memory.get(tenant, id, nowMs)
     const answer =
       copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, nowMs, load)
     if (answer === undefined) metrics.tiers.memory.misses++

@@ -310,6 +310,14 @@ const INSERT: Prepared = {
     ON CONFLICT (tenant, id) DO NOTHING`,
 }
 
+/** What is there afterwards, dated: the statement inserts and reads back, see `migrations/0004_insert_loaded.sql`. */
+const INSERT_LOADED: Prepared = {
+  name: 'insert-loaded',
+  text: `SELECT itemcache_timeline_start() AS timeline, current_setting('itemcache.tenant', true) AS scope,
+      loaded.as_of, ${COLUMNS}
+    FROM itemcache_insert_loaded($1, $2::jsonb) AS loaded CROSS JOIN LATERAL (SELECT (loaded.item).*) AS i`,
+}
+
 /** Touches no row whose content is the same: a write that changes nothing leaves no trace. */
 const replacing = (source: 'ORIGIN' | 'LOCAL', condition: string) => `UPDATE items i
   SET (${CONTENT.join(', ')}) = ROW (${contentOf('x')}), source = '${source}', deleted = false,
@@ -596,8 +604,12 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   ): Promise<ReadonlyMap<string, Snapshot>> {
     for (const [id, draft] of loaded) checkSize(id, draft)
     const drafts = JSON.stringify(Array.from(loaded, ([id, draft]) => draftJson(id, draft)))
-    await this.#change(tenant, INSERT, [tenant, drafts, 'ORIGIN'], signal)
-    return this.read(tenant, [...loaded.keys()], signal)
+    const rows = await this.#retrying(signal, () =>
+      this.#withSession(this.#writers, 'write', tenant, signal, (session) =>
+        this.#query<DatedRow>(session, INSERT_LOADED, [tenant, drafts]),
+      ),
+    )
+    return snapshotsOf([...loaded.keys()], rows)
   }
 
   async refetched(
