@@ -63,12 +63,19 @@ export const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'fatal', '
 /** From the most to the least talkative. */
 export type LogLevel = (typeof LOG_LEVELS)[number]
 
+/** Who may open the live page, and under which names besides addresses and localhost; names in lower case. */
+export interface LivePageAccess {
+  readonly to: 'nobody' | 'this-machine' | 'anybody'
+  readonly names: readonly string[]
+}
+
 /** Everything that can be set. `VARIABLES` holds each field's default and meaning. */
 export interface Config {
   readonly version: string
   readonly listen: HostPort
   /** `undefined`: no admin server. */
   readonly admin: HostPort | undefined
+  readonly livePage: LivePageAccess
   readonly auth: AuthScheme
   /** `undefined`: no TLS. */
   readonly tls: TlsFiles | undefined
@@ -165,6 +172,8 @@ export interface Config {
   readonly retention: { readonly maxAgeMs: number; readonly maxRows: number }
   /** 0: the probe is off. */
   readonly probeOneIn: number
+  /** How many tenants the metrics count by name. */
+  readonly metricsTenants: number
 }
 
 /** One mistake. `value` is what was found, shown safely: quoted, shortened, without passwords. */
@@ -359,6 +368,20 @@ function addressOrOff(text: string): HostPort | undefined {
   }
 }
 
+function livePageAccess(text: string): LivePageAccess {
+  if (text === 'off') return { to: 'nobody', names: [] }
+  if (text === 'local') return { to: 'this-machine', names: [] }
+  if (text === 'any') return { to: 'anybody', names: [] }
+  const names = text.toLowerCase().split(',')
+  // One dot at least, so that a misspelt word is none.
+  if (!names.every((name) => /^[a-z0-9-]+(\.[a-z0-9-]+)+$/.test(name))) {
+    throw new BrokenRule(
+      'must be local, any, off, or host names with a dot, by which others may open it too (cache.example.com,…)',
+    )
+  }
+  return { to: 'anybody', names }
+}
+
 /** The parsed URL if its scheme is one of `schemes`, and it has a host unless `hostless`. */
 function urlOf(text: string, schemes: readonly string[], hostless = false): URL | undefined {
   if (!schemes.some((scheme) => text.startsWith(`${scheme}://`))) return undefined
@@ -473,8 +496,16 @@ const TABLE = {
     name: 'ITEMCACHE_ADMIN_LISTEN',
     group: WHERE,
     default: '127.0.0.1:9464',
-    description: 'Address of /healthz, /readyz and /metrics over HTTP; off disables them.',
+    description: 'Address of /healthz, /readyz, /metrics and the live page over HTTP; off disables them.',
     parse: addressOrOff,
+  },
+  livePage: {
+    name: 'ITEMCACHE_LIVE_PAGE',
+    group: WHERE,
+    default: 'local',
+    description:
+      'Who may open the live page at / of the admin address, which names items of all tenants. local: callers on this machine; any: whoever reaches it; host names, with commas: the same, and under these names too; off: nobody.',
+    parse: livePageAccess,
   },
   auth: {
     name: 'ITEMCACHE_AUTH',
@@ -894,6 +925,14 @@ const TABLE = {
     description: 'One in so many cache hits is compared with PostgreSQL behind the answer; 0: none.',
     parse: count(0, 1_000_000_000),
   },
+  metricsTenants: {
+    name: 'ITEMCACHE_METRICS_TENANTS',
+    group: LIMITS,
+    default: '20',
+    description:
+      'Most tenants that the metrics count by name, the first that call; the others are counted together, as other.',
+    parse: count(0, 1000),
+  },
 } as const satisfies Record<string, Variable>
 
 type Values = { readonly [K in keyof typeof TABLE]: ReturnType<(typeof TABLE)[K]['parse']> }
@@ -1000,6 +1039,7 @@ function build(values: Values, env: Readonly<NodeJS.ProcessEnv>, cwd: string): C
     version: VERSION,
     listen: values.listen,
     admin: values.admin,
+    livePage: values.livePage,
     auth: withAbsolutePaths(values.auth, cwd),
     tls:
       values.tlsCert === ''
@@ -1080,6 +1120,7 @@ function build(values: Values, env: Readonly<NodeJS.ProcessEnv>, cwd: string): C
     },
     retention: { maxAgeMs: values.retention, maxRows: values.retentionRows },
     probeOneIn: values.probeOneIn,
+    metricsTenants: values.metricsTenants,
   }
 }
 

@@ -1,7 +1,8 @@
-/** The admin server: health and metrics over HTTP, for people, probes and Prometheus. Not for callers. */
+/** The admin server: health, metrics and the live page over HTTP, for people, probes and Prometheus. Not for callers. */
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { formatAddress, type HostPort } from '../config.ts'
 import { ItemCacheError } from '../errors.ts'
+import type { LivePage } from './live-page.ts'
 import type { Exposition } from './prometheus.ts'
 
 /** Whether the service can do its work, and what state its parts are in; `detail` goes into the answer as it is. */
@@ -16,6 +17,8 @@ export interface AdminOptions extends HostPort {
   readonly ready: () => Promise<Readiness>
   /** What is logged; `set` returns false for a level that does not exist. Default: there is no such page. */
   readonly logLevel?: { get(): string; set(level: string): boolean }
+  /** Absent: there is none. */
+  readonly page?: Pick<LivePage, 'handle'> | undefined
   /** How long `ready` may take before the answer is "not ready". Default: 2,000 ms. */
   readonly readyTimeoutMs?: number
   /** Told about what `metrics` and `ready` throw; callers are not. */
@@ -50,6 +53,7 @@ export async function startAdmin(options: AdminOptions): Promise<Admin> {
       connectionsCheckingInterval: 1_000,
     },
     (request, response) => {
+      if (options.page?.handle(request, response)) return
       answer(request, options).then(
         (found) => send(response, found),
         (error) => {

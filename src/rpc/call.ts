@@ -18,10 +18,10 @@ import {
 } from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
-import { Malformed, type Reply } from './service-definition.ts'
+import { Malformed, type Reply, wireBytes } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
 import type { UnaryMethod } from './unary-call.ts'
-import { tooMuchUnsent, type Unsent, weightInStream, weightOf } from './unsent.ts'
+import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -159,6 +159,7 @@ export function admitted(frame: CallFrame, method: string, call: AnyCall): Ident
   }
   const admit = (identity: Identity): Identity => {
     authorize(method, identity)
+    frame.metrics.tenant(identity.tenant).calls++
     frame.rateLimit?.take(identity.tenant)
     return identity
   }
@@ -185,6 +186,7 @@ export function unary<Request>(
   }
   return (call) => {
     const account = new Account(frame, rpc, method, call)
+    account.receivedBytes = call.messageBytes
     let context: CallContext | undefined
     const refuse = (error: unknown) => call.refuse(account.fail(context, error))
     const send = (reply: Reply) => {
@@ -193,6 +195,7 @@ export function unary<Request>(
       // What has been written is acknowledged in any case.
       if (!writes && !frame.unsent.hasRoomFor(weight, tenant)) return refuse(tooMuchUnsent())
       frame.unsent.addUntilClosed(weight, tenant, call)
+      account.sentBytes = reply.byteLength
       account.finish(context, status.OK)
       call.reply(reply)
     }
@@ -234,6 +237,7 @@ export function serverStream<Request>(
   const rpc = frame.metrics.rpc(method)
   return (call) => {
     const account = new Account(frame, rpc, method, call, true)
+    account.receivedBytes = wireBytes(call.request)
     const gone = new AbortController()
     const leave = () => gone.abort(whyGone(call))
     call.on('cancelled', leave)
@@ -254,6 +258,7 @@ export function serverStream<Request>(
           if (!frame.unsent.hasRoomFor(weight, identity.tenant)) throw tooMuchUnsent()
           frame.unsent.add(weight, identity.tenant)
           try {
+            account.sentBytes += reply.byteLength
             await flushed(call, reply, signal)
           } finally {
             frame.unsent.release(weight, identity.tenant)
@@ -355,12 +360,13 @@ export function lookUpStream<Request>(
     }
     const answer = (reply: Reply) => {
       if (over) return
-      const weight = weightInStream(reply)
+      const weight = reply.byteLength
       const tenant = context?.tenant ?? ''
       if (!frame.unsent.hasRoomFor(weight, tenant)) return fail(tooMuchUnsent())
       frame.unsent.add(weight, tenant)
       unsentBytes += weight
       unsent++
+      account.sentBytes += reply.byteLength
       full = !call.write(reply, () => {
         unsent--
         if (over) return
@@ -405,6 +411,7 @@ export function lookUpStream<Request>(
       if (over) return forgetCredential()
       call.on('data', (message: Request | Malformed) => {
         if (over) return
+        account.receivedBytes += wireBytes(message)
         const patience = new LookUpTime(gone.signal, frame.maxDeadlineMs)
         try {
           const reply = handler(wellFormed(message), known, () => patience.signal)
@@ -473,6 +480,9 @@ class Account {
   readonly #method: string
   readonly #startedMs: number
   readonly #isStream: boolean
+  /** Of messages, the framing left out. */
+  sentBytes = 0
+  receivedBytes = 0
 
   constructor(frame: CallFrame, rpc: RpcMetrics, method: string, call: AnyCall, isStream = false) {
     this.trace = frame.tracing?.call(method, call)
@@ -490,6 +500,7 @@ class Account {
       const trace_id = context?.traceId
       this.#frame.log.error({ reference, method: this.#method, trace_id, err: cause }, 'internal error')
     })
+    this.#frame.metrics.countFailure(known)
     const failure = toStatus(known, context?.cache)
     this.finish(context, failure.code, known)
     return failure
@@ -498,7 +509,7 @@ class Account {
   finish(context: CallContext | undefined, code: status, error?: ItemCacheError): void {
     context?.end()
     const durationMs = this.#frame.now() - this.#startedMs
-    this.#rpc.finish(codeName(code), durationMs)
+    this.#rpc.finish(codeName(code), durationMs, this.sentBytes, this.receivedBytes)
     this.#frame.metrics.openCalls--
     this.#end(context, codeName(code), durationMs, error?.reason)
   }

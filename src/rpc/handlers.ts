@@ -6,6 +6,7 @@ import {
   type DescMessage,
   type JsonObject,
   type JsonValue,
+  type MessageInitShape,
   type MessageShape,
   toBinary,
 } from '@bufbuild/protobuf'
@@ -13,7 +14,6 @@ import type { UntypedServiceImplementation } from '@grpc/grpc-js'
 import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
-  BreakerState,
   type CreateItemRequest,
   CreateItemRequestSchema,
   type DeleteItemRequest,
@@ -31,7 +31,6 @@ import {
   type Item,
   ItemCacheService,
   type ListItemsRequest,
-  SkipReason,
   type StreamItemsRequest,
   type UpdateItemRequest,
   UpdateItemRequestSchema,
@@ -40,7 +39,7 @@ import {
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions } from '../invalidation/subscriptions.ts'
 import { etagOf, LIMITS } from '../item.ts'
-import { type InspectedParts, inspectItem } from '../service/inspect.ts'
+import type { InspectedParts } from '../service/inspect.ts'
 import { readPage } from '../service/list.ts'
 import type { Answer, Reader, ReadOptions } from '../service/read.ts'
 import type { Write, Writer } from '../service/write.ts'
@@ -72,13 +71,12 @@ import {
   encodeWritten,
   type GetItemResult,
   masked,
-  SKIP_REASONS,
-  TIERS,
 } from './encode.ts'
 import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-mask.ts'
+import { inspectMessage } from './inspect-message.ts'
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration, toItemCacheError } from './status.ts'
+import { toItemCacheError } from './status.ts'
 import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
@@ -167,6 +165,7 @@ export function implementation(
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
+      frame.metrics.countFailure(known)
       return encodeStreamFailure(correlationId, known)
     }
     try {
@@ -227,10 +226,11 @@ export function implementation(
     try {
       return await reader.load(tenant, id, options, signal)
     } catch (error) {
-      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return encodeItemError(error)
-      }
-      throw error
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
+      })
+      if (known.code === 'cancelled') throw known
+      return encodeItemError(known)
     }
   }
 
@@ -311,7 +311,7 @@ export function implementation(
     const write = writeOf(context, DeleteItemRequestSchema, request)
     const precondition = { etag: request.etag, allowMissing: request.allowMissing }
     const { revision } = await writer.delete(write, request.id, precondition)
-    return create(DeleteItemResponseSchema, { revision: BigInt(revision) })
+    return encoded(DeleteItemResponseSchema, { revision: BigInt(revision) })
   }
 
   async function invalidateItems(request: InvalidateItemsRequest, context: CallContext): Promise<Reply> {
@@ -332,7 +332,7 @@ export function implementation(
       MODES[request.mode] ?? 'EXPIRE',
       request.refreshOrigin,
     )
-    return create(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
+    return encoded(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
   }
 
   async function inspect(request: InspectItemRequest, context: CallContext): Promise<Reply> {
@@ -340,28 +340,8 @@ export function implementation(
     checkId(request.id, 'id', violations)
     violations.throwIfAny()
     context.id = request.id
-    const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return create(InspectItemResponseSchema, {
-      tiers: tiers.map((found) => ({
-        tier: TIERS[found.tier],
-        present: found.present,
-        negative: found.negative ?? false,
-        current: found.verdict === 'current',
-        asOf: BigInt(found.asOf ?? 0),
-        ...(found.ageMs !== undefined && { age: toDuration(found.ageMs) }),
-        ...(found.ttlMs !== undefined && { remainingTtl: toDuration(found.ttlMs) }),
-        sizeBytes: BigInt(found.sizeBytes ?? 0),
-        skipped: found.skipped === undefined ? SkipReason.UNSPECIFIED : SKIP_REASONS[found.skipped],
-        servedByOrigin: found.tier === 'origin' && servedByOrigin,
-        breaker: BreakerState[frame.metrics.tiers[found.tier].breaker() ?? 'UNSPECIFIED'],
-      })),
-      floors: {
-        tenantFloor: BigInt(floors.tenantFloor),
-        keyFloor: BigInt(floors.keyFloor),
-        tagFloors: floors.tagFloors.map(({ tag, floor }) => ({ tag, floor: BigInt(floor) })),
-        removedFloor: BigInt(floors.removedFloor),
-      },
-    })
+    const found = await inspectMessage(inspected, frame.metrics, context.tenant, request.id)
+    return toBinary(InspectItemResponseSchema, found)
   }
 
   const metrics = ({ includeBuckets }: GetMetricsRequest | WatchMetricsRequest) =>
@@ -375,7 +355,7 @@ export function implementation(
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
     for (;;) {
-      yield create(WatchMetricsResponseSchema, { snapshot: metrics(request) })
+      yield encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
       await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
     }
   }
@@ -396,7 +376,7 @@ export function implementation(
       InvalidateItems: on('InvalidateItems', invalidateItems),
       InspectItem: on('InspectItem', inspect),
       GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+        encoded(GetMetricsResponseSchema, { snapshot: metrics(request) }),
       ),
     },
     streams: {
@@ -410,6 +390,9 @@ export function implementation(
     },
   }
 }
+
+const encoded = <Desc extends DescMessage>(schema: Desc, answer: MessageInitShape<Desc>): Reply =>
+  toBinary(schema, create(schema, answer))
 
 /** More ids than this are not fetched from the origin in one call. */
 const MAX_REFETCH = 100

@@ -16,7 +16,6 @@ import { Framed, PREFIX_BYTES } from './wire.ts'
 export interface UnaryMethod {
   readonly maxRequestBytes: number
   readonly decode: (message: Buffer) => unknown
-  readonly encode: (reply: Reply) => Buffer
   readonly handle: (call: UnaryCall) => void
 }
 
@@ -69,6 +68,11 @@ export class UnaryCall {
     this.#owner = owner
     this.#deadlineMs = deadlineMs
     this.metadata = new CallHeaders(headers)
+  }
+
+  /** Of the message as it came, maybe compressed. */
+  get messageBytes(): number {
+    return this.#receivedBytes - PREFIX_BYTES
   }
 
   getDeadline(): number {
@@ -141,7 +145,7 @@ export class UnaryCall {
 
   reply(reply: Reply): void {
     if (!this.#mayAnswer()) return
-    const frame = reply instanceof Framed ? reply.bytes : framed(this.#method.encode(reply))
+    const frame = reply instanceof Framed ? reply.bytes : framed(reply)
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     this.#stream.once('wantTrailers', sendOk)
     this.#stream.end(frame)
@@ -196,7 +200,7 @@ const UNPACKERS = new Map([
   ['deflate', inflate],
 ])
 
-function framed(message: Buffer): Buffer {
+function framed(message: Uint8Array): Buffer {
   const prefix = Buffer.alloc(PREFIX_BYTES)
   prefix.writeUInt32BE(message.byteLength, 1)
   return Buffer.concat([prefix, message])

@@ -21,6 +21,11 @@ export class Framed {
     this.bytes = bytes
   }
 
+  /** Of the message. */
+  get byteLength(): number {
+    return this.bytes.byteLength - PREFIX_BYTES
+  }
+
   get message(): Buffer {
     return this.bytes.subarray(PREFIX_BYTES)
   }

@@ -308,6 +308,7 @@ export class Reader {
     if (now - copy.verifiedAtMs > this.#options.maxStaleMs) return undefined
     if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load }, options.trace)
     this.#count(tier, 'STALE', coalesced)
+    this.#parts.metrics.staleReads.REVALIDATING++
     options.trace?.event('stale', { 'itemcache.stale_reason': 'REVALIDATING' })
     return { copy, tier, outcome: 'STALE', staleReason: 'REVALIDATING', coalesced, skipped }
   }
@@ -487,14 +488,16 @@ export class Reader {
     if (verdict === 'current') view.ahead(copy)
     // A fresh copy that only the silence of the log keeps from being current is not known to be old.
     const unverified = verdict === 'current' && now < copy.freshUntilMs && !view.hasHeard(now)
+    const staleReason = unverified ? 'UNVERIFIED' : reason
     this.#count(tier, 'STALE', coalesced)
-    options.trace?.event('stale', { 'itemcache.stale_reason': unverified ? 'UNVERIFIED' : reason })
+    this.#parts.metrics.staleReads[staleReason]++
+    options.trace?.event('stale', { 'itemcache.stale_reason': staleReason })
     const missed = { tier: tierDown, reason: reason === 'TIER_DOWN' ? 'down' : 'timeout' } as const
     return {
       copy,
       tier,
       outcome: 'STALE',
-      staleReason: unverified ? 'UNVERIFIED' : reason,
+      staleReason,
       coalesced,
       skipped: options.freshness === 'CACHE_ONLY' ? skipped : [...skipped, missed],
     }

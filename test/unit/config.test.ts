@@ -32,6 +32,7 @@ describe('without any variable', () => {
       version: JSON.parse(readFileSync('package.json', 'utf8')).version,
       listen: { host: '127.0.0.1', port: 50051 },
       admin: { host: '127.0.0.1', port: 9464 },
+      livePage: { to: 'this-machine', names: [] },
       auth: { kind: 'none' },
       tls: undefined,
       rateLimit: undefined,
@@ -92,6 +93,7 @@ describe('without any variable', () => {
       },
       retention: { maxAgeMs: 86_400_000, maxRows: 1_000_000 },
       probeOneIn: 10_000,
+      metricsTenants: 20,
     })
   })
 
@@ -133,6 +135,14 @@ describe('a value', () => {
     ['ITEMCACHE_LISTEN', '[::1]:50051', (c) => c.listen, { host: '::1', port: 50051 }],
     ['ITEMCACHE_LISTEN', 'localhost:0', (c) => c.listen, { host: 'localhost', port: 0 }],
     ['ITEMCACHE_ADMIN_LISTEN', 'off', (c) => c.admin, undefined],
+    ['ITEMCACHE_LIVE_PAGE', 'off', (c) => c.livePage.to, 'nobody'],
+    ['ITEMCACHE_LIVE_PAGE', 'any', (c) => c.livePage, { to: 'anybody', names: [] }],
+    [
+      'ITEMCACHE_LIVE_PAGE',
+      'Cache.example.com,b.example',
+      (c) => c.livePage,
+      { to: 'anybody', names: ['cache.example.com', 'b.example'] },
+    ],
     ['ITEMCACHE_DATA_DIR', '/var/lib/itemcache', (c) => c.dataDir, '/var/lib/itemcache'],
     ['ITEMCACHE_REFLECTION', 'off', (c) => c.reflection, false],
     ['ITEMCACHE_REFLECTION', 'TRUE', (c) => c.reflection, true],
@@ -196,6 +206,10 @@ describe('a value', () => {
     ['ITEMCACHE_LISTEN', '[localhost]:50051'],
     ['ITEMCACHE_LISTEN', 'off'],
     ['ITEMCACHE_ADMIN_LISTEN', 'of'],
+    ['ITEMCACHE_LIVE_PAGE', 'on'],
+    ['ITEMCACHE_LIVE_PAGE', 'a.example,,b.example'],
+    ['ITEMCACHE_LIVE_PAGE', 'https://a.example'],
+    ['ITEMCACHE_LIVE_PAGE', 'a.example:8080'],
     ['ITEMCACHE_RATE_LIMIT', '0'],
     ['ITEMCACHE_RATE_LIMIT', '10:0'],
     ['ITEMCACHE_RATE_LIMIT', '10/s'],
