@@ -6,6 +6,7 @@ import {
   type DescMessage,
   type JsonObject,
   type JsonValue,
+  type MessageInitShape,
   type MessageShape,
   toBinary,
 } from '@bufbuild/protobuf'
@@ -13,7 +14,6 @@ import type { UntypedServiceImplementation } from '@grpc/grpc-js'
 import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
-  BreakerState,
   type CreateItemRequest,
   CreateItemRequestSchema,
   type DeleteItemRequest,
@@ -31,7 +31,6 @@ import {
   type Item,
   ItemCacheService,
   type ListItemsRequest,
-  SkipReason,
   type StreamItemsRequest,
   type UpdateItemRequest,
   UpdateItemRequestSchema,
@@ -40,7 +39,7 @@ import {
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions } from '../invalidation/subscriptions.ts'
 import { etagOf, LIMITS } from '../item.ts'
-import { type InspectedParts, inspectItem } from '../service/inspect.ts'
+import type { InspectedParts } from '../service/inspect.ts'
 import { readPage } from '../service/list.ts'
 import type { Answer, Reader, ReadOptions } from '../service/read.ts'
 import type { Write, Writer } from '../service/write.ts'
@@ -71,15 +70,13 @@ import {
   encodeStreamItem,
   encodeWritten,
   type GetItemResult,
-  ITEM_NOT_FOUND,
   masked,
-  SKIP_REASONS,
-  TIERS,
 } from './encode.ts'
 import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-mask.ts'
+import { inspectMessage } from './inspect-message.ts'
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration, toItemCacheError } from './status.ts'
+import { toItemCacheError } from './status.ts'
 import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
@@ -121,7 +118,7 @@ export function implementation(
   function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
     const violations = new Violations()
     checkId(request.id, 'id', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.id = request.id
@@ -136,7 +133,7 @@ export function implementation(
     request: GetItemRequest,
     mask: ItemMask | undefined,
     context: CallContext,
-  ): Uint8Array {
+  ): Reply {
     context.tier = answer.tier
     context.outcome = answer.outcome
     const result = resultOf(answer, request.ifNoneMatch, mask)
@@ -159,21 +156,23 @@ export function implementation(
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
   function streamItem(
     request: StreamItemsRequest,
-    { tenant }: CallContext,
+    context: CallContext,
     signal: () => AbortSignal,
   ): Reply | Promise<Reply> {
+    const { tenant } = context
     const { correlationId, id, ifNoneMatch } = request
     const refuse = (error: unknown) => {
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
+      frame.metrics.countFailure(known)
       return encodeStreamFailure(correlationId, known)
     }
     try {
       frame.rateLimit?.take(tenant)
       const violations = new Violations()
       checkId(id, 'id', violations)
-      const options = readOptions(request.options, violations)
+      const options = context.traced(readOptions(request.options, violations))
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
       const finish = (answer: Answer): Uint8Array =>
@@ -191,16 +190,13 @@ export function implementation(
     const { tenant } = context
     const violations = new Violations()
     checkIds(ids, 'ids', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.outcome = `${ids.length} ids`
     const hits = reader.hits(tenant, ids, options)
     if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
-    return encodeBatch(
-      hits.map((hit, i) => batchResult(ids[i] ?? '', hit, mask)),
-      reader.now(),
-    )
+    return encodeBatch(ids, hits, mask, reader.now())
   }
 
   /** Loads what is missing, each id once. */
@@ -214,38 +210,28 @@ export function implementation(
     const missing = new Set(ids.filter((_, i) => hits[i] === undefined))
     // Slow items are given up shortly before the caller does, so that the others still reach it.
     using patience = new Patience(context)
-    const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
-    const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
-    const results = ids.flatMap((id, i) => {
-      const hit = hits[i]
-      return hit === undefined ? (loaded.get(id) ?? []) : batchResult(id, hit, mask)
-    })
-    return encodeBatch(results, reader.now())
+    const load = async (id: string) =>
+      [id, await batchLoad(id, options, context.tenant, patience.signal)] as const
+    const loaded = new Map(await Promise.all([...missing].map(load)))
+    const results = ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? [])
+    return encodeBatch(ids, results, mask, reader.now())
   }
 
   async function batchLoad(
     id: string,
     options: ReadOptions,
-    mask: ItemMask | undefined,
     tenant: string,
     signal: AbortSignal,
   ): Promise<BatchResult> {
     try {
-      return batchResult(id, await reader.load(tenant, id, options, signal), mask)
+      return await reader.load(tenant, id, options, signal)
     } catch (error) {
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
       })
       if (known.code === 'cancelled') throw known
-      return { id, item: undefined, error: encodeItemError(known), answer: undefined }
+      return encodeItemError(known)
     }
-  }
-
-  function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
-    const { copy } = answer
-    const item = copy?.bytes && masked(copy.bytes, mask)
-    const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
-    return { id, item, error, answer }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
@@ -265,6 +251,7 @@ export function implementation(
       { tenant: context.tenant, pageSize, pageToken, category, tag },
       encodePage,
       context.signal,
+      context.trace,
     )
     context.tier = answer.tier
     context.outcome = answer.outcome
@@ -324,7 +311,7 @@ export function implementation(
     const write = writeOf(context, DeleteItemRequestSchema, request)
     const precondition = { etag: request.etag, allowMissing: request.allowMissing }
     const { revision } = await writer.delete(write, request.id, precondition)
-    return create(DeleteItemResponseSchema, { revision: BigInt(revision) })
+    return encoded(DeleteItemResponseSchema, { revision: BigInt(revision) })
   }
 
   async function invalidateItems(request: InvalidateItemsRequest, context: CallContext): Promise<Reply> {
@@ -345,7 +332,7 @@ export function implementation(
       MODES[request.mode] ?? 'EXPIRE',
       request.refreshOrigin,
     )
-    return create(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
+    return encoded(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
   }
 
   async function inspect(request: InspectItemRequest, context: CallContext): Promise<Reply> {
@@ -353,28 +340,8 @@ export function implementation(
     checkId(request.id, 'id', violations)
     violations.throwIfAny()
     context.id = request.id
-    const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return create(InspectItemResponseSchema, {
-      tiers: tiers.map((found) => ({
-        tier: TIERS[found.tier],
-        present: found.present,
-        negative: found.negative ?? false,
-        current: found.verdict === 'current',
-        asOf: BigInt(found.asOf ?? 0),
-        ...(found.ageMs !== undefined && { age: toDuration(found.ageMs) }),
-        ...(found.ttlMs !== undefined && { remainingTtl: toDuration(found.ttlMs) }),
-        sizeBytes: BigInt(found.sizeBytes ?? 0),
-        skipped: found.skipped === undefined ? SkipReason.UNSPECIFIED : SKIP_REASONS[found.skipped],
-        servedByOrigin: found.tier === 'origin' && servedByOrigin,
-        breaker: BreakerState[frame.metrics.tiers[found.tier].breaker() ?? 'UNSPECIFIED'],
-      })),
-      floors: {
-        tenantFloor: BigInt(floors.tenantFloor),
-        keyFloor: BigInt(floors.keyFloor),
-        tagFloors: floors.tagFloors.map(({ tag, floor }) => ({ tag, floor: BigInt(floor) })),
-        removedFloor: BigInt(floors.removedFloor),
-      },
-    })
+    const found = await inspectMessage(inspected, frame.metrics, context.tenant, request.id)
+    return toBinary(InspectItemResponseSchema, found)
   }
 
   const metrics = ({ includeBuckets }: GetMetricsRequest | WatchMetricsRequest) =>
@@ -388,7 +355,7 @@ export function implementation(
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
     for (;;) {
-      yield create(WatchMetricsResponseSchema, { snapshot: metrics(request) })
+      yield encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
       await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
     }
   }
@@ -409,7 +376,7 @@ export function implementation(
       InvalidateItems: on('InvalidateItems', invalidateItems),
       InspectItem: on('InspectItem', inspect),
       GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+        encoded(GetMetricsResponseSchema, { snapshot: metrics(request) }),
       ),
     },
     streams: {
@@ -423,6 +390,9 @@ export function implementation(
     },
   }
 }
+
+const encoded = <Desc extends DescMessage>(schema: Desc, answer: MessageInitShape<Desc>): Reply =>
+  toBinary(schema, create(schema, answer))
 
 /** More ids than this are not fetched from the origin in one call. */
 const MAX_REFETCH = 100
@@ -484,10 +454,10 @@ function writeOf<Desc extends DescMessage>(
   schema: Desc,
   request: MessageShape<Desc> & { requestId: string; item?: Item | undefined },
 ): Write {
-  const { tenant, clientId, signal } = context
+  const { tenant, clientId, signal, trace } = context
   const { requestId } = request
   const fingerprint = requestId === '' ? '' : digest(schema, request)
-  return { tenant, requestId, fingerprint, clientId, signal }
+  return { tenant, requestId, fingerprint, clientId, signal, trace }
 }
 
 /** The same for equal requests, in whatever order a client has encoded the entries of their maps. */

@@ -77,6 +77,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     maxStreams: 2 * frame.maxCalls,
     maxIdleMs: grpc.maxConnectionIdleMs,
     log: frame.log,
+    requests: frame.requests,
     metrics: frame.metrics,
     now: frame.now,
   })
@@ -170,8 +171,8 @@ function unaryMethods(
   const methods = Object.entries(definition).flatMap(([name, method]) => {
     const handle = handlers[name]
     if (handle === undefined) return []
-    const { path, requestDeserialize: decode, responseSerialize: encode } = method
-    return [[path, { maxRequestBytes, decode, encode, handle }] as const]
+    const { path, requestDeserialize: decode } = method
+    return [[path, { maxRequestBytes, decode, handle }] as const]
   })
   return new Map(methods)
 }

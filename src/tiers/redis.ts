@@ -89,6 +89,20 @@ export interface RedisCounters {
   roundTrips: number
 }
 
+/** What a Redis server says of itself. What it does not tell is `undefined`. */
+export interface RedisServer {
+  /** `host:port`, or the path of its socket. */
+  readonly node: string
+  /** Connections of all clients. */
+  readonly connectedClients: number | undefined
+  readonly maxClients: number | undefined
+  readonly usedBytes: number | undefined
+  /** `undefined`, too, when there is no bound. */
+  readonly maxBytes: number | undefined
+  /** Whether it makes room for new copies when it is full. */
+  readonly evicts: boolean
+}
+
 /** One command keeps Redis from all others for as long as it takes: half a millisecond for so many copies. */
 const KEYS_PER_COMMAND = 100
 const TIMED_OUT = 'Command timed out'
@@ -248,6 +262,19 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     }
   }
 
+  /** The servers that answer, of a cluster the primaries. Never throws: a user who may not ask learns nothing. */
+  async servers(): Promise<readonly RedisServer[]> {
+    const client = this.#client
+    if (client.status !== 'ready') return []
+    const nodes = client instanceof Cluster ? client.nodes('master') : [client]
+    const asked = nodes.map(async (node) => {
+      const { path, host, port } = node.options
+      return serverOf(path ?? `${host}:${port}`, await this.#inTime(node.info()))
+    })
+    const answers = await Promise.allSettled(asked)
+    return answers.flatMap((answer) => (answer.status === 'fulfilled' ? [answer.value] : []))
+  }
+
   /** Lets running commands finish, within the command timeout, and disconnects. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closing = true
@@ -358,6 +385,25 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     } finally {
       clearTimeout(timer)
     }
+  }
+}
+
+/** What the answer to INFO says. */
+function serverOf(node: string, info: string): RedisServer {
+  const fields = new Map(
+    [...info.matchAll(/^(\w+):(.*?)\r?$/gm)].map(([, name = '', value = '']) => [name, value]),
+  )
+  const number = (name: string) => {
+    const value = Number.parseInt(fields.get(name) ?? '', 10)
+    return Number.isNaN(value) ? undefined : value
+  }
+  return {
+    node,
+    connectedClients: number('connected_clients'),
+    maxClients: number('maxclients'),
+    usedBytes: number('used_memory'),
+    maxBytes: number('maxmemory') || undefined,
+    evicts: fields.get('maxmemory_policy') !== 'noeviction',
   }
 }
 
