@@ -107,7 +107,7 @@ export interface RedisServer {
 const KEYS_PER_COMMAND = 100
 const TIMED_OUT = 'Command timed out'
 /** ioredis takes silence for shorter than this for no failure: this process may be too busy to read what is there. */
-const SILENCE_MS = 2_000
+const SILENCE_MS = 1_000
 const RECONNECT_MAX_MS = 1_000
 
 interface Keyed {
