@@ -12,9 +12,11 @@ import { Feed } from './observe/feed.ts'
 import { History } from './observe/history.ts'
 import type { MemoryUse, Part } from './observe/live-message.ts'
 import { LivePage } from './observe/live-page.ts'
-import type { Logger } from './observe/log.ts'
+import { changeLevel, type Logger } from './observe/log.ts'
 import { Metrics } from './observe/metrics.ts'
 import { prometheusText } from './observe/prometheus.ts'
+import { RequestLog } from './observe/request-log.ts'
+import type { RunningTracing } from './observe/tracing-sdk.ts'
 import { startAuth } from './rpc/auth.ts'
 import { inspectJson } from './rpc/inspect-message.ts'
 import { RateLimit } from './rpc/rate-limit.ts'
@@ -122,6 +124,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     ),
   )
 
+  const sdk = config.tracing && (await startTracing(config, config.tracing, servers, log))
+  const tracing = sdk?.tracing
+
   const notes = [...servers.notes]
   const note = (text: string) => {
     notes.push(text)
@@ -212,6 +217,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       source: postgres,
       metrics,
       log,
+      tracing,
       now,
       pollMs: POLL_MS,
       maxTenants: bounds.tenants,
@@ -244,7 +250,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
-  const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
+  const parts = { probe, ...caches, postgres: store, origin, tail, metrics, tracing }
   const reader = new Reader(parts, {
     freshForMs: ttl.freshForMs,
     negativeTtlMs: ttl.negativeMs,
@@ -261,6 +267,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     now,
     random,
   })
+  // Its last spans are sent when what goes on behind answers has settled.
+  if (sdk !== undefined) started.use(sdk)
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
   const writer = new Writer({ reader, postgres: store, origin, tail })
 
@@ -323,6 +331,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             breakers: { redis: redis?.state, postgres: store.state, origin: origin?.state },
           },
         }),
+        logLevel: { get: () => log.level, set: (level) => changeLevel(log, level) },
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
@@ -334,6 +343,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       tls,
       frame: {
         log,
+        requests: new RequestLog({ log, ...config.requestLog, now, random }),
+        tracing,
         metrics,
         auth,
         rateLimit,
@@ -345,6 +356,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
+  tracing?.serves(grpc.address)
   metrics.held = () => ({
     unsent_bytes: unsent.bytes,
     streams: grpc.streams(),
@@ -406,6 +418,26 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
 
 const OPEN =
   'ITEMCACHE_INSECURE is set: whoever reaches the addresses above may read and write without TLS or a credential, where these are not configured.'
+
+/** Traces, as `OTEL_*` say. Loads what makes them, which nobody else does. */
+async function startTracing(
+  config: Config,
+  env: Readonly<Record<string, string>>,
+  servers: { readonly postgres: Server; readonly redis: Server; readonly origin: Server },
+  log: Logger,
+): Promise<RunningTracing> {
+  const sdk = await import('./observe/tracing-sdk.ts')
+  return sdk.startTracing({
+    env,
+    version: config.version,
+    log,
+    tiers: {
+      redis: { 'db.system.name': 'redis', ...sdk.serverOf(servers.redis.url) },
+      postgres: { 'db.system.name': 'postgresql', ...sdk.serverOf(servers.postgres.url) },
+      origin: sdk.serverOf(servers.origin.url),
+    },
+  })
+}
 
 function every(ms: number, action: () => void): Disposable {
   const timer = setInterval(action, ms)

@@ -118,7 +118,7 @@ export function implementation(
   function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
     const violations = new Violations()
     checkId(request.id, 'id', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.id = request.id
@@ -156,9 +156,10 @@ export function implementation(
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
   function streamItem(
     request: StreamItemsRequest,
-    { tenant }: CallContext,
+    context: CallContext,
     signal: () => AbortSignal,
   ): Reply | Promise<Reply> {
+    const { tenant } = context
     const { correlationId, id, ifNoneMatch } = request
     const refuse = (error: unknown) => {
       const known = toItemCacheError(error, (reference, err) => {
@@ -171,7 +172,7 @@ export function implementation(
       frame.rateLimit?.take(tenant)
       const violations = new Violations()
       checkId(id, 'id', violations)
-      const options = readOptions(request.options, violations)
+      const options = context.traced(readOptions(request.options, violations))
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
       const finish = (answer: Answer): Uint8Array =>
@@ -189,7 +190,7 @@ export function implementation(
     const { tenant } = context
     const violations = new Violations()
     checkIds(ids, 'ids', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.outcome = `${ids.length} ids`
@@ -250,6 +251,7 @@ export function implementation(
       { tenant: context.tenant, pageSize, pageToken, category, tag },
       encodePage,
       context.signal,
+      context.trace,
     )
     context.tier = answer.tier
     context.outcome = answer.outcome
@@ -452,10 +454,10 @@ function writeOf<Desc extends DescMessage>(
   schema: Desc,
   request: MessageShape<Desc> & { requestId: string; item?: Item | undefined },
 ): Write {
-  const { tenant, clientId, signal } = context
+  const { tenant, clientId, signal, trace } = context
   const { requestId } = request
   const fingerprint = requestId === '' ? '' : digest(schema, request)
-  return { tenant, requestId, fingerprint, clientId, signal }
+  return { tenant, requestId, fingerprint, clientId, signal, trace }
 }
 
 /** The same for equal requests, in whatever order a client has encoded the entries of their maps. */

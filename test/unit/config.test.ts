@@ -39,6 +39,8 @@ describe('without any variable', () => {
       insecure: false,
       reflection: true,
       logLevel: 'info',
+      requestLog: { hitsOneIn: 1000, slowMs: 500 },
+      tracing: undefined,
       dataDir: '/srv/.itemcache',
       database: { kind: 'embedded' },
       redis: { kind: 'embedded' },
