@@ -135,10 +135,11 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   })
   const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
     ...config.breaker,
-    onStateChange: (state: BreakerState) =>
-      state === 'CLOSED'
-        ? log.info({ tier, breaker: state }, 'the circuit breaker is closed')
-        : log.warn({ tier, breaker: state }, 'the circuit breaker is not closed'),
+    onStateChange: (state: BreakerState, shard: string) => {
+      const which = { tier, breaker: state, ...(shard !== '' && { shard }) }
+      if (state === 'CLOSED') log.info(which, 'the circuit breaker is closed')
+      else log.warn(which, 'the circuit breaker is not closed')
+    },
   })
   const connected =
     servers.redis.url === undefined

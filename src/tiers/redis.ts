@@ -37,6 +37,7 @@ import type {
   LoadLocks,
   LockClaim,
   LockState,
+  Shards,
   SkipReason,
 } from './tier.ts'
 
@@ -99,8 +100,11 @@ type Reply = readonly unknown[] | Error
 /** Queues the commands of one entry. */
 type Queue<E> = (pipeline: ChainableCommander, entry: E) => void
 
-export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
+export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable {
   readonly name = 'redis'
+  /** `undefined` unless there is a cluster. */
+  readonly shardOf: Shards['shardOf']
+  readonly idOn: Shards['idOn']
   readonly counters: RedisCounters = { hits: 0, misses: 0, errors: 0, timeouts: 0, corrupt: 0, roundTrips: 0 }
   readonly #client: Redis | Cluster
   readonly #prefix: string
@@ -132,6 +136,11 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
       options.connectTimeoutMs ?? 2_000,
       options.random,
     )
+    const client = this.#client
+    if (client instanceof Cluster) {
+      this.shardOf = (tenant, id) => client.slots[slotOf(redisKey(this.#prefix, tenant, id))]?.[0] ?? ''
+      this.idOn = (shard) => this.#idOn(client, shard)
+    }
     this.#client.on('ready', () => {
       this.#lastError = ''
       this.#changed('ready', '')
@@ -263,6 +272,13 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     return this.#run(entries, 1, queue)
   }
 
+  /** While the cluster is out of reach nobody knows what lies where, and any id will do. */
+  #idOn(client: Cluster, shard: string): string | undefined {
+    if (client.status !== 'ready') return ''
+    if (!client.slots.some(([primary]) => primary === shard)) return undefined
+    for (let i = 0; ; i += 1) if (this.shardOf?.('', `${i}`) === shard) return `${i}`
+  }
+
   #nextTtlMs(): number {
     const ttlMs = this.#ttlMs * (1 + this.#jitter * (2 * this.#random() - 1))
     return Math.min(Math.max(Math.round(ttlMs), 1), MAX_TTL_MS)
@@ -306,7 +322,7 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
   #batches<E extends Keyed>(entries: readonly E[], size: number): E[][] {
     const client = this.#client
     const byNode = Map.groupBy(entries, ({ key }) =>
-      client instanceof Cluster ? (client.slots[new Command('get', [key]).getSlot()]?.join() ?? '') : '',
+      client instanceof Cluster ? (client.slots[slotOf(key)]?.join() ?? '') : '',
     )
     const batches: E[][] = []
     for (const group of byNode.values()) {
@@ -355,6 +371,10 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
       clearTimeout(timer)
     }
   }
+}
+
+function slotOf(key: string): number {
+  return new Command('get', [key]).getSlot()
 }
 
 /** What `REDIS_URL=off` puts in the tier's place: every read is a miss with the reason `off`. */
