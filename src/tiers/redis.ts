@@ -413,6 +413,30 @@ function lockState(reply: Reply | undefined): LockState {
   return answer === LOCK_IS_OURS ? 'ours' : answer
 }
 
+/**
+ * Connects as the tier does, for those who examine a Redis: resolves when it answers, and rejects with the first reason
+ * why it does not. Disposing it closes the connection.
+ */
+export async function dialRedis(
+  target: RedisTarget,
+  timeoutMs: number,
+): Promise<(Redis | Cluster) & AsyncDisposable> {
+  const client = connect(target, timeoutMs, timeoutMs, Math.random)
+  const { promise, resolve, reject } = Promise.withResolvers<void>()
+  client.on('ready', resolve)
+  client.on('error', (error: Error & { lastNodeError?: Error }) => reject(error.lastNodeError ?? error))
+  const timer = setTimeout(() => reject(new Error('no answer in time')), 2 * timeoutMs)
+  try {
+    await promise
+  } catch (error) {
+    client.disconnect()
+    throw error
+  } finally {
+    clearTimeout(timer)
+  }
+  return Object.assign(client, { [Symbol.asyncDispose]: async () => client.disconnect() })
+}
+
 const keepName: DNSLookupFunction = (host, done) => done(null, host)
 
 function connect(
@@ -450,6 +474,23 @@ function connect(
     releaseLock: { lua: RELEASE_SCRIPT, numberOfKeys: 1 },
   }
 
+  if (target.sentinel !== undefined) {
+    const { name, username, password } = target.sentinel
+    return new Redis({
+      ...connection,
+      sentinels: [...target.nodes],
+      name,
+      db: target.db,
+      ...(username === '' ? {} : { sentinelUsername: username }),
+      ...(password === '' ? {} : { sentinelPassword: password }),
+      ...(target.tls === undefined ? {} : { sentinelTLS: target.tls, enableTLSForSentinelMode: true }),
+      sentinelCommandTimeout: connectTimeoutMs,
+      sentinelRetryStrategy: retryDelay,
+      scripts,
+      enableOfflineQueue: false,
+      retryStrategy: retryDelay,
+    })
+  }
   if (target.nodes.length > 1) {
     const cluster = {
       redisOptions: connection,
