@@ -4,7 +4,7 @@ import { availableParallelism } from 'node:os'
 import type { TLSSocket } from 'node:tls'
 import { Cluster, type Redis } from 'ioredis'
 import { type Config, isLoopback } from '../config.ts'
-import { dialRedis } from '../tiers/redis.ts'
+import { dialRedis, slotOf } from '../tiers/redis.ts'
 import { redisKey } from '../tiers/redis-format.ts'
 import { describeRedis, parseRedisUrl, type RedisTarget } from '../tiers/redis-url.ts'
 import {
@@ -62,9 +62,10 @@ export async function examineRedis(report: Report, config: Config, instances: nu
     await using client = await dialRedis(target, PATIENCE_MS)
     report.ok('redis.connection', `${where} answers`)
     checkWay(report, target)
-    await checkCommands(report, client)
-    await checkRights(report, client instanceof Cluster ? client.nodes('master')[0] : client)
-    if (client instanceof Cluster) await examineCluster(report, client, config, instances)
+    const server = client instanceof Cluster ? await anyPrimary(client) : client
+    await checkCommands(report, client, server)
+    await checkRights(report, server)
+    if (client instanceof Cluster) await examineCluster(report, client, server, config, instances)
     else await examineServer(report, client, config, instances)
     if (target.sentinel !== undefined)
       report.ok('redis.sentinels', `found the primary ${target.sentinel.name}`)
@@ -98,9 +99,14 @@ function checkWay(report: Report, { nodes, tls, password, path }: RedisTarget): 
 }
 
 /** Does what the service does, on a key of its own. */
-async function checkCommands(report: Report, client: Redis | Cluster): Promise<void> {
-  const key = redisKey(`doctor-${randomUUID()}`, 'doctor', 'doctor')
-  const lock = `${key}:lock`
+async function checkCommands(report: Report, client: Redis | Cluster, server: Redis): Promise<void> {
+  const isThere = (key: string) =>
+    !(client instanceof Cluster) || client.slots[slotOf(key)]?.[0] === addressOf(server)
+  let [key, lock] = ['', '']
+  do {
+    key = redisKey(`doctor-${randomUUID()}`, 'doctor', 'doctor')
+    lock = `${key}:lock`
+  } while (!isThere(key) || !isThere(lock))
   const steps: readonly (readonly [name: string, step: () => Promise<unknown>])[] = [
     ['store a copy', () => client.storeCopy(key, 1, Buffer.from('doctor'), 1_000)],
     ['read a copy', () => client.pttl(key).then(() => client.getBuffer(key))],
@@ -125,8 +131,7 @@ async function checkCommands(report: Report, client: Redis | Cluster): Promise<v
  * Which dangerous commands the user may give. They are queued in a transaction, where rights are checked, and discarded:
  * none is executed.
  */
-async function checkRights(report: Report, node: Redis | undefined): Promise<void> {
-  if (node === undefined) return
+async function checkRights(report: Report, node: Redis): Promise<void> {
   // A connection that comes back would have lost its transaction.
   const client = node.duplicate({ retryStrategy: () => null, lazyConnect: true, enableOfflineQueue: false })
   client.on('error', () => {})
@@ -149,13 +154,30 @@ async function checkRights(report: Report, node: Redis | undefined): Promise<voi
   }
 }
 
+const addressOf = ({ options: { host, port } }: Redis) => `${host}:${port}`
+
+/** A primary that answers. Rejects with what the last one failed with. */
+async function anyPrimary(cluster: Cluster): Promise<Redis> {
+  let failure: unknown = new Error('no node of the cluster is a primary')
+  for (const node of cluster.nodes('master')) {
+    try {
+      await node.ping()
+      return node
+    } catch (error) {
+      failure = error
+    }
+  }
+  throw failure
+}
+
 async function examineCluster(
   report: Report,
   cluster: Cluster,
+  server: Redis,
   config: Config,
   instances: number,
 ): Promise<void> {
-  const info = fieldsOf(String(await cluster.cluster('INFO')))
+  const info = fieldsOf(String(await server.cluster('INFO')))
   const served = Number(info.get('cluster_slots_ok') ?? 0)
   if (info.get('cluster_state') === 'ok' && served === 16_384) {
     report.ok('redis.cluster', 'all 16,384 slots are served')
@@ -188,10 +210,12 @@ async function examineCluster(
       'Use three or more.',
     )
   }
-  for (const node of cluster.nodes('all')) {
-    const { host, port } = node.options
-    const own = report.at(`${host}:${port}`)
+  for (const address of new Set(cluster.slots.flat())) {
+    const own = report.at(address)
+    // One that has refused to be connected is not among the nodes any more.
+    const node = cluster.nodes('all').find((each) => addressOf(each) === address)
     try {
+      if (node === undefined) throw new Error('ECONNREFUSED')
       await examineServer(own, node, config, instances)
     } catch (error) {
       own.fault('redis.connection', `cannot be used: ${reasonOf(error)}`, mendConnection(error))

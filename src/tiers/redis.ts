@@ -373,7 +373,8 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
   }
 }
 
-function slotOf(key: string): number {
+/** The slot of a cluster that a key is in. */
+export function slotOf(key: string): number {
   return new Command('get', [key]).getSlot()
 }
 
@@ -414,7 +415,7 @@ function lockState(reply: Reply | undefined): LockState {
 }
 
 /**
- * Connects as the tier does, for those who examine a Redis: resolves when it answers, and rejects with the first reason
+ * Connects as the tier does, for those who examine a Redis: resolves when it answers, and rejects with the reason
  * why it does not. Disposing it closes the connection.
  */
 export async function dialRedis(
@@ -423,9 +424,14 @@ export async function dialRedis(
 ): Promise<(Redis | Cluster) & AsyncDisposable> {
   const client = connect(target, timeoutMs, timeoutMs, Math.random)
   const { promise, resolve, reject } = Promise.withResolvers<void>()
+  let lastError = new Error('no answer in time')
   client.on('ready', resolve)
-  client.on('error', (error: Error & { lastNodeError?: Error }) => reject(error.lastNodeError ?? error))
-  const timer = setTimeout(() => reject(new Error('no answer in time')), 2 * timeoutMs)
+  client.on('error', (error: Error & { lastNodeError?: Error }) => {
+    lastError = error.lastNodeError ?? error
+    // Another node of a cluster may answer.
+    if (!client.isCluster) reject(lastError)
+  })
+  const timer = setTimeout(() => reject(lastError), 2 * timeoutMs)
   try {
     await promise
   } catch (error) {
