@@ -4,6 +4,7 @@ import { Tier } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { Instance } from '../consistency/servers.ts'
 import { type Cluster, startCluster } from '../support/redis-cluster.ts'
 import type { RedisProcess } from '../support/redis-process.ts'
+import { startSentinels } from '../support/redis-sentinels.ts'
 import { makeRunDirectory, type RunDirectory } from '../support/run-directory.ts'
 import { freshDatabase } from '../support/servers.ts'
 import { breakerOf, Load, metricOf } from './failover.ts'
@@ -50,7 +51,9 @@ async function roleOf({ client }: RedisProcess): Promise<string> {
   return /role:(\w+)/.exec(info)?.[1] ?? 'unknown'
 }
 
-test('a cluster that loses a primary under load: no read fails, none is stale, and the tier is used again', async () => {
+test('a cluster that loses a primary under load: no read fails, none is stale, and the tier is used again', {
+  timeout: 180_000,
+}, async () => {
   await using started = new AsyncDisposableStack()
   const redis = started.use(await cluster('loaded'))
   const database = started.use(await freshDatabase())
@@ -61,7 +64,7 @@ test('a cluster that loses a primary under load: no read fails, none is stale, a
     await Load.start({
       addresses: instances.map(({ address }) => address),
       name: 'loaded',
-      items: 150,
+      items: 100,
       readers: 12,
       writers: 2,
       pauseMs: 15,
@@ -86,7 +89,7 @@ test('a cluster that loses a primary under load: no read fails, none is stale, a
     .toContain(1)
   // What the other primaries hold is answered by them all the time: two thirds of what is read.
   const before = { kept: load.count(ofTheLost, true), reads: load.reads }
-  await expect.poll(() => load.reads - before.reads, { message: 'reads go on' }).toBeGreaterThan(500)
+  await expect.poll(() => load.reads - before.reads, { message: 'reads go on' }).toBeGreaterThan(300)
   const share = (load.count(ofTheLost, true) - before.kept) / (load.reads - before.reads)
   expect(share).toBeGreaterThan(0.3)
   expect(load.wrong).toEqual([])
@@ -106,7 +109,9 @@ test('a cluster that loses a primary under load: no read fails, none is stale, a
   expect(load.wrong).toEqual([])
 })
 
-test('writes that a failover of Redis loses make no answer stale: the old copies are refused', async () => {
+test('writes that a failover of Redis loses make no answer stale: the old copies are refused', {
+  timeout: 180_000,
+}, async () => {
   await using started = new AsyncDisposableStack()
   const redis = started.use(await cluster('quiet'))
   const database = started.use(await freshDatabase())
@@ -164,5 +169,37 @@ test('writes that a failover of Redis loses make no answer stale: the old copies
   expect(tiers).toContain(Tier.POSTGRES)
   expect(load.wrong).toEqual([])
   for (const id of ids) expect(await later.versionOf(id)).toBe(2)
+  expect(load.wrong).toEqual([])
+})
+
+test('sentinels that find another primary under load: no read fails, none is stale, and the tier is used again', {
+  timeout: 180_000,
+}, async () => {
+  await using started = new AsyncDisposableStack()
+  const sentinels = started.use(
+    await startSentinels({ directory, name: 'watched', cacheDir: inject('redisCache') }),
+  )
+  const database = started.use(await freshDatabase())
+  const instance = started.use(await startInstance('five', database.url, sentinels.url))
+  const load = started.use(
+    await Load.start({
+      addresses: [instance.address],
+      name: 'watched',
+      items: 60,
+      readers: 6,
+      writers: 1,
+      pauseMs: 15,
+    }),
+  )
+  const answered = () => load.count(new Set(), true)
+  await expect.poll(answered, { message: 'Redis answers' }).toBeGreaterThan(50)
+
+  await sentinels.primary.kill()
+  await expect
+    .poll(() => roleOf(sentinels.replica), { message: 'the replica takes over', timeout: 40_000 })
+    .toBe('master')
+  const before = answered()
+  await expect.poll(answered, { message: 'the new primary answers' }).toBeGreaterThan(before + 50)
+  await expect.poll(() => breakerOf(instance.admin)).toBe('CLOSED')
   expect(load.wrong).toEqual([])
 })

@@ -57,8 +57,8 @@ export class Load implements AsyncDisposable {
   /** Makes the items, reads each once on every instance, and starts the callers. */
   static async start(options: LoadOptions): Promise<Load> {
     const load = new Load(options)
-    for (const id of load.ids) await load.write(id, 0)
-    for (const id of load.ids) for (const instance of load.#callers.keys()) await load.read(id, instance)
+    await inTurns(load.ids, (id) => load.write(id, 0))
+    for (const instance of load.#callers.keys()) await inTurns(load.ids, (id) => load.read(id, instance))
     const loop = async (once: (turn: number) => Promise<unknown>) => {
       const { signal } = load.#stopping
       for (let turn = 0; !signal.aborted; turn += 1) {
@@ -159,6 +159,16 @@ export class Load implements AsyncDisposable {
     if (caller === undefined) throw new Error(`there is no instance ${instance}`)
     return caller
   }
+}
+
+/** Eight at a time. */
+async function inTurns(ids: readonly string[], call: (id: string) => Promise<unknown>): Promise<void> {
+  const left = ids.values()
+  await Promise.all(
+    Array.from({ length: 8 }, async () => {
+      for (const id of left) await call(id)
+    }),
+  )
 }
 
 /** What `/metrics` of an instance has for a series; the sum when there are several. */
