@@ -18,11 +18,26 @@ import { Report } from '../../src/doctor/report.ts'
 const ROOT = join(import.meta.dirname, '../..')
 const DIR = join(ROOT, 'deploy/kubernetes')
 
-/** As YAML has it. */
-// biome-ignore lint/suspicious/noExplicitAny: what is in it is what the schemas are asked about
-type Manifest = any
+/** A manifest as it is written. */
+const read = (file: string): Record<string, unknown> => parse(readFileSync(join(DIR, file), 'utf8'))
 
-const read = (file: string): Manifest => parse(readFileSync(join(DIR, file), 'utf8'))
+/** What a manifest has at a path as `spec.template.spec`; `undefined`: nothing. */
+function at(manifest: unknown, path: string): unknown {
+  return path
+    .split('.')
+    .reduce((value: unknown, key) => (value as Record<string, unknown> | undefined)?.[key], manifest)
+}
+
+const list = (manifest: unknown, path: string) => at(manifest, path) as readonly unknown[]
+
+/** Puts a value in a place; `undefined`: takes what is there away. */
+function put(manifest: unknown, path: string, value: unknown): void {
+  const end = path.lastIndexOf('.')
+  const [holder, key] = end < 0 ? [manifest, path] : [at(manifest, path.slice(0, end)), path.slice(end + 1)]
+  if (value === undefined) Reflect.deleteProperty(holder as object, key)
+  else Reflect.set(holder as object, key, value)
+}
+
 const KUSTOMIZATION = 'kustomization.yaml'
 const files = readdirSync(DIR).filter((file) => file !== KUSTOMIZATION)
 
@@ -48,9 +63,9 @@ const SCHEMAS: Readonly<Record<string, unknown>> = {
  * What is wrong with a manifest. The schemas say which fields must be there and of what type they are, and pass over fields
  * that they do not know: those are the ones that nobody has looked at.
  */
-function mistakes(manifest: Manifest): readonly string[] {
-  const validate = SCHEMAS[`${manifest.apiVersion} ${manifest.kind}`] as Schema | undefined
-  if (validate === undefined) return [`${manifest.kind} is not known`]
+function mistakes(manifest: Readonly<Record<string, unknown>>): readonly string[] {
+  const validate = SCHEMAS[`${manifest['apiVersion']} ${manifest['kind']}`] as Schema | undefined
+  if (validate === undefined) return [`${manifest['kind']} is not known`]
   const unseen = new Set<string>()
   const watched = (value: unknown, path: string): unknown => {
     if (typeof value !== 'object' || value === null) return value
@@ -73,8 +88,9 @@ function mistakes(manifest: Manifest): readonly string[] {
 }
 
 const deployment = read('deployment.yaml')
-const { template } = deployment.spec
-const [container] = template.spec.containers
+const POD = 'spec.template.spec'
+const CONTAINER = `${POD}.containers.0`
+const SELECTOR = 'matchLabels'
 const dockerfile = readFileSync(join(ROOT, 'Dockerfile'), 'utf8')
 
 describe('the manifests of deploy/kubernetes', () => {
@@ -82,92 +98,91 @@ describe('the manifests of deploy/kubernetes', () => {
     expect(mistakes(read(file))).toEqual([])
   })
 
-  test.each<readonly [what: string, file: string, spoil: (manifest: Manifest) => void, found: string]>([
-    [
-      'a field that is misspelt',
-      'deployment.yaml',
-      (m) => (m.spec.template.spec.container = []),
-      'not known',
-    ],
+  test.each<readonly [what: string, file: string, path: string, value: unknown, found: string]>([
+    ['a field that is misspelt', 'deployment.yaml', `${POD}.container`, [], 'container is not known'],
     [
       'a misspelt field of a container',
       'deployment.yaml',
-      (m) => (m.spec.template.spec.containers[0].securityContext.readOnlyRootFileSystem = true),
+      `${CONTAINER}.securityContext.readOnlyRootFileSystem`,
+      true,
       'readOnlyRootFileSystem is not known',
     ],
-    ['a field that is missing', 'deployment.yaml', (m) => delete m.spec.selector, '/spec '],
-    ['a number that is a text', 'autoscaler.yaml', (m) => (m.spec.maxReplicas = 'ten'), '/spec/maxReplicas'],
-    ['a number where a text must be', 'config.yaml', (m) => (m.data.ITEMCACHE_POSTGRES_POOL = 10), '/data/'],
-    [
-      'a kind of another version',
-      'disruption-budget.yaml',
-      (m) => (m.apiVersion = 'policy/v1beta1'),
-      'not known',
-    ],
-  ])('%s is found', (_, file, spoil, found) => {
+    ['a field that is missing', 'deployment.yaml', 'spec.selector', undefined, '/spec '],
+    ['a number that is a text', 'autoscaler.yaml', 'spec.maxReplicas', 'ten', '/spec/maxReplicas'],
+    ['a number where a text must be', 'config.yaml', 'data.ITEMCACHE_POSTGRES_POOL', 10, '/data/'],
+    ['a kind of another version', 'disruption-budget.yaml', 'apiVersion', 'policy/v1beta1', 'not known'],
+  ])('%s is found', (_, file, path, value, found) => {
     const manifest = read(file)
-    spoil(manifest)
+    put(manifest, path, value)
     expect(mistakes(manifest).join('\n')).toContain(found)
   })
 
   test('are all in the kustomization', () => {
-    expect(read(KUSTOMIZATION).resources.toSorted()).toEqual(files.toSorted())
+    expect(list(read(KUSTOMIZATION), 'resources').toSorted()).toEqual(files.toSorted())
   })
 
   test('select the pods that the deployment makes', () => {
-    const labels = template.metadata.labels
     const selectors = [
-      deployment.spec.selector.matchLabels,
-      read('service.yaml').spec.selector,
-      read('disruption-budget.yaml').spec.selector.matchLabels,
-      read('network-policy.yaml').spec.podSelector.matchLabels,
-      ...template.spec.topologySpreadConstraints.map((each: Manifest) => each.labelSelector.matchLabels),
+      at(deployment, `spec.selector.${SELECTOR}`),
+      at(read('service.yaml'), 'spec.selector'),
+      at(read('disruption-budget.yaml'), `spec.selector.${SELECTOR}`),
+      at(read('network-policy.yaml'), `spec.podSelector.${SELECTOR}`),
+      ...list(deployment, `${POD}.topologySpreadConstraints`).map((each) =>
+        at(each, `labelSelector.${SELECTOR}`),
+      ),
     ]
-    for (const selector of selectors) expect(selector).toEqual(labels)
-    const { scaleTargetRef } = read('autoscaler.yaml').spec
-    expect(scaleTargetRef).toMatchObject({ kind: 'Deployment', name: deployment.metadata.name })
+    for (const selector of selectors)
+      expect(selector).toEqual(at(deployment, 'spec.template.metadata.labels'))
+    expect(at(read('autoscaler.yaml'), 'spec.scaleTargetRef')).toMatchObject({
+      kind: 'Deployment',
+      name: at(deployment, 'metadata.name'),
+    })
   })
 
   test('are for the image that the Dockerfile makes: its user, its ports, a file system that nobody writes', () => {
     const [, user, group] = /^USER (\d+):(\d+)$/m.exec(dockerfile) ?? []
-    expect(template.spec.securityContext).toMatchObject({
+    expect(at(deployment, `${POD}.securityContext`)).toMatchObject({
       runAsNonRoot: true,
       runAsUser: Number(user),
       runAsGroup: Number(group),
       seccompProfile: { type: 'RuntimeDefault' },
     })
-    expect(container.securityContext).toEqual({
+    expect(at(deployment, `${CONTAINER}.securityContext`)).toEqual({
       allowPrivilegeEscalation: false,
       readOnlyRootFilesystem: true,
       capabilities: { drop: ['ALL'] },
     })
     const exposed = /^EXPOSE (.+)$/m.exec(dockerfile)?.[1]?.split(' ').map(Number)
-    expect(container.ports.map((port: Manifest) => port.containerPort)).toEqual(exposed)
-    const names = container.ports.map((port: Manifest) => port.name)
-    expect(read('service.yaml').spec.ports.map((port: Manifest) => port.targetPort)).toEqual(names)
+    const ports = list(deployment, `${CONTAINER}.ports`)
+    expect(ports.map((port) => at(port, 'containerPort'))).toEqual(exposed)
+    expect(list(read('service.yaml'), 'spec.ports').map((port) => at(port, 'targetPort'))).toEqual(
+      ports.map((port) => at(port, 'name')),
+    )
   })
 
   test('set what the program understands, secrets by reference, and a memory that holds its bounds', () => {
-    const { data } = read('config.yaml')
-    const secrets = container.env.map((variable: Manifest) => [
-      variable.name,
-      { DATABASE_URL: 'postgres://u:p@db/itemcache', REDIS_URL: 'rediss://u:p@redis' }[
-        variable.name as string
-      ],
-    ])
-    for (const { value, valueFrom } of container.env) {
-      expect([value, valueFrom.secretKeyRef.name]).toEqual([undefined, 'itemcache'])
+    const data = at(read('config.yaml'), 'data') as Record<string, string>
+    const secrets: Record<string, string> = {
+      DATABASE_URL: 'postgres://u:p@db/itemcache',
+      REDIS_URL: 'rediss://u:p@redis',
     }
-    const config = parseConfig({ ...data, ...Object.fromEntries(secrets) })
+    const variables = list(deployment, `${CONTAINER}.env`)
+    expect(variables).toEqual(
+      Object.keys(secrets).map((name) => ({
+        name,
+        valueFrom: { secretKeyRef: { name: 'itemcache', key: name } },
+      })),
+    )
+    const config = parseConfig({ ...data, ...secrets })
     expect(config.database.kind).toBe('url')
-    expect([config.tls?.cert, config.auth.kind]).toEqual([data.ITEMCACHE_TLS_CERT, 'tokens'])
-    expect(container.resources.limits.memory).toBe('1Gi')
+    expect([config.tls?.cert, config.auth.kind]).toEqual([data['ITEMCACHE_TLS_CERT'], 'tokens'])
+    expect(at(deployment, `${CONTAINER}.resources.limits.memory`)).toBe('1Gi')
     const report = new Report()
     checkMemory(report, config, 2 ** 30)
     expect(report.findings).toMatchObject([{ verdict: 'ok' }])
     // Nobody is sent here any more, then the drain, then the stop, before the process is ended.
-    const { preStop } = container.lifecycle
-    const neededMs = preStop.sleep.seconds * 1_000 + config.timeouts.drainMs + 1_500
-    expect(template.spec.terminationGracePeriodSeconds * 1_000).toBeGreaterThan(neededMs)
+    const preStopSeconds = Number(at(deployment, `${CONTAINER}.lifecycle.preStop.sleep.seconds`))
+    const neededMs = preStopSeconds * 1_000 + config.timeouts.drainMs + 1_500
+    expect(Number(at(deployment, `${POD}.terminationGracePeriodSeconds`)) * 1_000).toBeGreaterThan(neededMs)
   })
 })
