@@ -169,7 +169,9 @@ for (const { name, description } of KINDS) {
   const inspected = new Caller(first.address)
   const answer = await inspected.call('inspectItem', { id: idOf(name, ITEMS - 1) }, options)
   inspected.close()
-  const encoded = isFailed(answer) ? Number.NaN : Number(answer.tiers.find(({ tier }) => tier === Tier.REDIS)?.sizeBytes)
+  const encoded = isFailed(answer)
+    ? Number.NaN
+    : Number(answer.tiers.find(({ tier }) => tier === Tier.REDIS)?.sizeBytes)
   rows.push({
     kind: name,
     encoded,
@@ -180,7 +182,9 @@ for (const { name, description } of KINDS) {
   })
 }
 const round = Math.round
-console.log('| item | value in Redis | memory | Redis | PostgreSQL | log, a write |\n|---|---|---|---|---|---|')
+console.log(
+  '| item | value in Redis | memory | Redis | PostgreSQL | log, a write |\n|---|---|---|---|---|---|',
+)
 for (const { kind, encoded, memory, redis: inRedis, postgres, log } of rows) {
   console.log(
     `| ${kind} | ${encoded} | ${round(memory)} | ${round(inRedis)} | ${round(postgres)} | ${round(log)} |`,

@@ -66,3 +66,8 @@ export class ItemCacheError extends Error {
     this.retryAfterMs = extras.retryAfterMs
   }
 }
+
+/** Every authoritative tier says that the item is absent. */
+export function itemNotFound(id: string): ItemCacheError {
+  return new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
+}

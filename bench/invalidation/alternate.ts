@@ -4,7 +4,8 @@
  *
  *     node bench/invalidation/alternate.ts [--count 10000] [--json FILE]
  */
-import { options, percentile, progress, report, round, startBed } from './bed.ts'
+import { options, progress, report, round, startBed } from '../bed.ts'
+import { percentile } from '../report.ts'
 
 const { count = 10_000 } = options()
 const tenant = 'alternate'

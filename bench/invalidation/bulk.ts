@@ -7,7 +7,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fromBinary } from '@bufbuild/protobuf'
 import { WatchInvalidationsResponseSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
-import { fill, options, percentile, progress, rawStreams, report, round, startBed } from './bed.ts'
+import { fill, options, progress, rawStreams, report, round, startBed } from '../bed.ts'
+import { percentile } from '../report.ts'
 
 const { seconds = 10 } = options()
 const ROWS = 100_000

@@ -8,7 +8,7 @@
  *     node bench/invalidation/hot.ts [--seconds 60] [--json FILE]
  */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { fill, options, progress, report, round, startBed } from './bed.ts'
+import { fill, options, progress, report, round, startBed } from '../bed.ts'
 
 const { seconds = 60 } = options()
 const KEYS = 100_000

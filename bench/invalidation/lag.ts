@@ -5,7 +5,8 @@
  *     node bench/invalidation/lag.ts [--seconds 15] [--json FILE]
  */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { fill, options, percentile, progress, report, round, startBed } from './bed.ts'
+import { fill, options, progress, report, round, startBed } from '../bed.ts'
+import { percentile } from '../report.ts'
 
 const { seconds = 15 } = options()
 const ITEMS = 1000

@@ -8,7 +8,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fromBinary } from '@bufbuild/protobuf'
 import { WatchInvalidationsResponseSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
-import { fill, options, progress, rawStreams, report, round, startBed } from './bed.ts'
+import { fill, options, progress, rawStreams, report, round, startBed } from '../bed.ts'
 
 const { seconds = 60, stuck: STUCK = 500, rows: ROWS = 2 } = options()
 const ITEMS = 10_000

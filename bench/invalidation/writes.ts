@@ -5,17 +5,8 @@
  *
  *     node bench/invalidation/writes.ts [--seconds 8] [--json FILE]
  */
-import {
-  type Bed,
-  fill,
-  type Instance,
-  options,
-  percentile,
-  progress,
-  report,
-  round,
-  startBed,
-} from './bed.ts'
+import { type Bed, fill, type Instance, options, progress, report, round, startBed } from '../bed.ts'
+import { percentile } from '../report.ts'
 
 const { seconds = 8 } = options()
 const ITEMS = 1000

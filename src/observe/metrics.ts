@@ -139,14 +139,14 @@ export class LatencyHistogram {
     return this.#sumMs
   }
 
-  /** A clock that went backwards, or a value that is not a number, counts as 0. */
-  record(ms: number): void {
+  /** `times` durations of `ms`. A clock that went backwards, or a value that is not a number, counts as 0. */
+  record(ms: number, times = 1): void {
     const duration = Number.isNaN(ms) ? 0 : Math.max(ms, 0)
     const index = bucketOf(duration)
-    this.#buckets[index] = (this.#buckets[index] ?? 0) + 1
-    this.#count++
-    this.#sumMs += duration
-    if (duration > this.#maxMs) this.#maxMs = duration
+    this.#buckets[index] = (this.#buckets[index] ?? 0) + times
+    this.#count += times
+    this.#sumMs += duration * times
+    if (times > 0 && duration > this.#maxMs) this.#maxMs = duration
   }
 
   /**

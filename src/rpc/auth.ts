@@ -7,7 +7,6 @@
  */
 import { createHash, hash, randomBytes, timingSafeEqual } from 'node:crypto'
 import { readFileSync } from 'node:fs'
-import type { Metadata } from '@grpc/grpc-js'
 import {
   createLocalJWKSet,
   createRemoteJWKSet,
@@ -24,9 +23,14 @@ import type { Logger } from '../observe/log.ts'
 import { type Identity, isName, ROLES, type Role } from './identity.ts'
 import { readTokenFile, type TokenEntry } from './token-file.ts'
 
+/** The values of one key of a call's metadata. */
+export interface CallMetadata {
+  get(key: string): readonly (string | Buffer)[]
+}
+
 /** Tells who calls. Throws `unauthenticated`, or `unavailable` when that cannot be found out just now. */
 export interface Authenticator {
-  identify(metadata: Metadata): Identity | Promise<Identity>
+  identify(metadata: CallMetadata): Identity | Promise<Identity>
   /** Reads its files again. What is wrong with them is logged, and the former content stays. */
   reload(): void
 }
@@ -98,7 +102,7 @@ const NOBODY_IS_ASKED: Authenticator = {
 }
 
 /** The value of a metadata key that may come once: 1 to 128 printable ASCII characters. */
-export function single(metadata: Metadata, key: string): string | undefined {
+export function single(metadata: CallMetadata, key: string): string | undefined {
   const [value, ...more] = metadata.get(key)
   if (value === undefined) return undefined
   if (more.length === 0 && isName(value)) return value
@@ -109,7 +113,7 @@ export function single(metadata: Metadata, key: string): string | undefined {
 }
 
 /** The one `authorization: Bearer <token>` of a call. */
-function bearerToken(metadata: Metadata): string {
+function bearerToken(metadata: CallMetadata): string {
   const [value, ...more] = metadata.get('authorization')
   if (value === undefined) {
     throw new ItemCacheError('unauthenticated', 'the call carries no credential', {
@@ -179,7 +183,7 @@ class TokenAuthenticator implements Authenticator {
     this.#known = this.#index(readTokenFile(file))
   }
 
-  identify(metadata: Metadata): Identity {
+  identify(metadata: CallMetadata): Identity {
     const digest = hash('sha256', bearerToken(metadata), 'buffer')
     const known = this.#known.get(this.#keyOf(digest))
     if (!timingSafeEqual(known?.digest ?? NO_DIGEST, digest) || known === undefined) throw invalidCredential()
@@ -270,7 +274,7 @@ class JwtAuthenticator implements Authenticator {
     this.#keys = keysOf(scheme)
   }
 
-  identify(metadata: Metadata): Identity | Promise<Identity> {
+  identify(metadata: CallMetadata): Identity | Promise<Identity> {
     const token = bearerToken(metadata)
     const key = hash('sha256', token, 'base64')
     const known = this.#verified.get(key)

@@ -1,26 +1,24 @@
 /** One call: who asks, until when, and the frame in which every handler runs. */
 import { randomBytes } from 'node:crypto'
-import type { EventEmitter } from 'node:events'
-import type {
-  handleBidiStreamingCall,
-  handleServerStreamingCall,
-  handleUnaryCall,
-  ServerDuplexStream,
-  ServerUnaryCall,
-  ServerWritableStream,
-  sendUnaryData,
-} from '@grpc/grpc-js'
+import type { handleBidiStreamingCall, handleServerStreamingCall, ServerWritableStream } from '@grpc/grpc-js'
 import { status } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
-import type { CacheStatus } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
-import { type Authenticator, authorize, isWrite, single, whenCredentialEnds } from './auth.ts'
+import {
+  type Authenticator,
+  authorize,
+  type CallMetadata,
+  isWrite,
+  single,
+  whenCredentialEnds,
+} from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
-import { tooMuchUnsent, type Unsent, weightInStream, weightOf, whenClosed } from './unsent.ts'
+import type { UnaryMethod } from './unary-call.ts'
+import { tooMuchUnsent, type Unsent, weightInStream, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -42,10 +40,14 @@ export interface CallFrame {
   readonly hurrying: AbortSignal
 }
 
-type AnyCall =
-  | ServerUnaryCall<unknown, Reply>
-  | ServerWritableStream<unknown, Reply>
-  | ServerDuplexStream<unknown, Reply>
+/** What the frame needs of a call, whoever has made it of the stream. */
+interface AnyCall {
+  readonly metadata: CallMetadata
+  readonly cancelled: boolean
+  getDeadline(): Date | number
+  getPeer(): string
+  on(event: 'cancelled', listener: () => void): unknown
+}
 
 /** What a handler knows of its call besides the request. */
 export class CallContext {
@@ -59,8 +61,8 @@ export class CallContext {
   id: string | undefined
   tier: string | undefined
   outcome: string | undefined
-  /** Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
-  cache: CacheStatus | undefined
+  /** An encoded `CacheStatus`. Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
+  cache: Uint8Array | undefined
 
   constructor(call: AnyCall, tenant: string, maxDeadlineMs: number) {
     this.#call = call
@@ -92,9 +94,8 @@ export class CallContext {
     if (this.#controller === undefined) {
       const controller = new AbortController()
       this.#controller = controller
-      const call: EventEmitter = this.#call
       const cancel = () => controller.abort(whyGone(this.#call))
-      call.on('cancelled', cancel)
+      this.#call.on('cancelled', cancel)
       // It may have happened while the credential was checked.
       if (this.#call.cancelled) cancel()
       this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.remainingMs)
@@ -155,41 +156,40 @@ export function unary<Request>(
   frame: CallFrame,
   method: string,
   handler: UnaryHandler<Request>,
-): handleUnaryCall<Request | Malformed, Reply> {
+): UnaryMethod['handle'] {
   const rpc = frame.metrics.rpc(method)
   const writes = isWrite(method)
-  return (call, callback) => {
+  const answerLeft = () => {
+    frame.metrics.openAnswers--
+  }
+  return (call) => {
     const account = new Account(frame, rpc, method)
     let context: CallContext | undefined
+    const refuse = (error: unknown) => call.refuse(account.fail(context, error))
     const send = (reply: Reply) => {
       const weight = weightOf(reply)
       const tenant = context?.tenant ?? ''
       // What has been written is acknowledged in any case.
-      if (writes || frame.unsent.hasRoomFor(weight, tenant)) {
-        frame.unsent.addUntilClosed(weight, tenant, call)
-        account.reply(context, callback, reply)
-      } else account.refuse(context, callback, tooMuchUnsent())
-    }
-    const answerLeft = () => {
-      frame.metrics.openAnswers--
+      if (!writes && !frame.unsent.hasRoomFor(weight, tenant)) return refuse(tooMuchUnsent())
+      frame.unsent.addUntilClosed(weight, tenant, call)
+      account.finish(context, status.OK)
+      call.reply(reply)
     }
     const answer = ({ tenant }: Identity) => {
       // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer.
-      if (whenClosed(call, answerLeft)) frame.metrics.openAnswers++
+      if (call.whenClosed(answerLeft)) frame.metrics.openAnswers++
       if (writes && !frame.unsent.mayWrite(tenant)) throw tooMuchUnsent()
       context = new CallContext(call, tenant, frame.maxDeadlineMs)
-      const reply = handler(wellFormed(call.request), context)
-      if (reply instanceof Promise) {
-        reply.then(send, (error: unknown) => account.refuse(context, callback, error))
-      } else send(reply)
+      const reply = handler(wellFormed(call.request as Request | Malformed), context)
+      if (reply instanceof Promise) reply.then(send, refuse)
+      else send(reply)
     }
     try {
       const identity = admitted(frame, method, call)
-      if (identity instanceof Promise) {
-        identity.then(answer).catch((error: unknown) => account.refuse(context, callback, error))
-      } else answer(identity)
+      if (identity instanceof Promise) identity.then(answer).catch(refuse)
+      else answer(identity)
     } catch (error) {
-      account.refuse(context, callback, error)
+      refuse(error)
     }
   }
 }
@@ -458,15 +458,6 @@ class Account {
     this.#startedMs = frame.now()
     rpc.started++
     frame.metrics.openCalls++
-  }
-
-  reply(context: CallContext | undefined, callback: sendUnaryData<Reply>, reply: Reply): void {
-    this.finish(context, status.OK)
-    callback(null, reply)
-  }
-
-  refuse(context: CallContext | undefined, callback: sendUnaryData<Reply>, error: unknown): void {
-    callback(this.fail(context, error))
   }
 
   fail(context: CallContext | undefined, error: unknown) {

@@ -3,24 +3,15 @@
  * small status around them, and no item is encoded twice. The field numbers are those of item_cache.proto; a
  * test decodes every form with the generated code.
  */
-import { create, fromBinary, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
-import { BinaryWriter, WireType } from '@bufbuild/protobuf/wire'
-import type { ItemCacheError } from '../errors.ts'
-import {
-  CacheOutcome,
-  type CacheStatus,
-  CacheStatusSchema,
-  ItemErrorSchema,
-  ItemSchema,
-  SkipReason,
-  StaleReason,
-  Tier,
-} from '../gen/itemcache/v1/item_cache_pb.ts'
+import { fromBinary, toBinary } from '@bufbuild/protobuf'
+import { type ItemCacheError, itemNotFound } from '../errors.ts'
+import { CacheOutcome, ItemSchema, SkipReason, StaleReason, Tier } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Page } from '../service/list.ts'
 import type { Answer } from '../service/read.ts'
 import type { SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
 import { cut, type ItemMask } from './field-mask.ts'
-import { codeOf, toDuration } from './status.ts'
+import { codeOf } from './status.ts'
+import { FieldWriter, fieldBytes, HEADER_BYTES, MAX_UTF8_BYTES, NUMBER_BYTES, utf8Bytes } from './wire.ts'
 
 export const TIERS: Readonly<Record<TierName, Tier>> = {
   memory: Tier.MEMORY,
@@ -35,25 +26,41 @@ export const SKIP_REASONS: Readonly<Record<DomainSkipReason, SkipReason>> = {
   timeout: SkipReason.TIMEOUT,
 }
 
-/** Where an answer came from, as the message. `nowMs` is the reader's clock. */
-export function cacheStatus(answer: Answer, nowMs: number): CacheStatus {
-  const { copy, tier } = answer
-  const init: MessageInitShape<typeof CacheStatusSchema> = {
-    tier: tier === undefined ? Tier.UNSPECIFIED : TIERS[tier],
-    outcome: CacheOutcome[answer.outcome],
-    staleReason: StaleReason[answer.staleReason ?? 'UNSPECIFIED'],
-    coalesced: answer.coalesced,
-    skippedTiers: answer.skipped.map(({ tier: skipped, reason }) => ({
-      tier: TIERS[skipped],
-      reason: SKIP_REASONS[reason],
-    })),
-  }
+/** No encoded `CacheStatus` is longer, so that its length is one byte. */
+const CACHE_STATUS_BYTES = 127
+
+/** Where an answer came from: an encoded `CacheStatus`. `nowMs` is the reader's clock. */
+export function cacheStatus(answer: Answer, nowMs: number): Uint8Array {
+  const writer = new FieldWriter(CACHE_STATUS_BYTES)
+  putCacheStatus(writer, answer, nowMs)
+  return writer.finish()
+}
+
+function putCacheStatus(writer: FieldWriter, answer: Answer, nowMs: number): void {
+  const { copy, tier, outcome, staleReason } = answer
+  if (tier !== undefined) writer.number(1, TIERS[tier])
+  writer.number(2, CacheOutcome[outcome])
+  if (staleReason !== undefined) writer.number(3, StaleReason[staleReason])
+  if (answer.coalesced) writer.number(4, 1)
   if (copy !== undefined) {
-    init.age = toDuration(nowMs - copy.verifiedAtMs)
-    if (answer.outcome !== 'STALE') init.freshFor = toDuration(copy.freshUntilMs - nowMs)
-    init.asOf = BigInt(copy.asOf)
+    putDuration(writer, 5, nowMs - copy.verifiedAtMs)
+    if (outcome !== 'STALE') putDuration(writer, 6, copy.freshUntilMs - nowMs)
   }
-  return create(CacheStatusSchema, init)
+  for (const skipped of answer.skipped) {
+    writer.header(7, 4).number(1, TIERS[skipped.tier]).number(2, SKIP_REASONS[skipped.reason])
+  }
+  if (copy !== undefined && copy.asOf !== 0) writer.number(8, copy.asOf)
+}
+
+/** Milliseconds as a `Duration`; negative ones as zero. */
+function putDuration(writer: FieldWriter, field: number, ms: number): void {
+  const whole = Math.max(0, ms)
+  const seconds = Math.floor(whole / 1000)
+  const nanos = Math.floor((whole - seconds * 1000) * 1e6)
+  const at = writer.begin(field)
+  if (seconds !== 0) writer.number(1, seconds)
+  if (nanos !== 0) writer.number(2, nanos)
+  writer.end(at)
 }
 
 /** The encoded item, cut to a mask when there is one. */
@@ -68,87 +75,136 @@ export type GetItemResult =
   | { readonly kind: 'not-modified' }
   | { readonly kind: 'none' }
 
-/** A `GetItemResponse`. */
-export function encodeGetItem(result: GetItemResult, cache: CacheStatus, revision: number): Uint8Array {
-  const writer = new BinaryWriter()
-  if (result.kind === 'item') writer.tag(1, WireType.LengthDelimited).bytes(result.bytes)
-  else if (result.kind === 'not-modified') writer.tag(2, WireType.Varint).bool(true)
-  writer.tag(3, WireType.LengthDelimited).bytes(toBinary(CacheStatusSchema, cache))
-  if (revision !== 0) writer.tag(4, WireType.Varint).int64(revision)
+/** A `GetItemResponse`. `nowMs` is the reader's clock. */
+export function encodeGetItem(result: GetItemResult, answer: Answer, nowMs: number): Uint8Array {
+  const itemBytes = result.kind === 'item' ? result.bytes.byteLength : 0
+  const writer = new FieldWriter(fieldBytes(itemBytes) + SHORT_BYTES)
+  if (result.kind === 'item') writer.bytes(1, result.bytes)
+  else if (result.kind === 'not-modified') writer.number(2, 1)
+  const cache = writer.begin(3)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  const revision = answer.copy?.asOf ?? 0
+  if (revision !== 0) writer.number(4, revision)
   return writer.finish()
 }
 
-/** A `StreamItemsResponse`. */
+/** A `StreamItemsResponse`. `nowMs` is the reader's clock. */
 export function encodeStreamItem(
   correlationId: bigint,
-  result: GetItemResult | { readonly kind: 'error'; readonly error: ItemCacheError },
-  cache: CacheStatus | undefined,
-  revision: number,
+  result: GetItemResult | { readonly kind: 'not-found' },
+  answer: Answer,
+  nowMs: number,
 ): Uint8Array {
-  const writer = new BinaryWriter()
-  if (correlationId !== 0n) writer.tag(1, WireType.Varint).uint64(correlationId)
-  if (result.kind === 'item') writer.tag(2, WireType.LengthDelimited).bytes(result.bytes)
-  else if (result.kind === 'not-modified') writer.tag(3, WireType.Varint).bool(true)
-  else if (result.kind === 'error')
-    writer.tag(4, WireType.LengthDelimited).bytes(encodeItemError(result.error))
-  if (cache !== undefined) writer.tag(5, WireType.LengthDelimited).bytes(toBinary(CacheStatusSchema, cache))
-  if (revision !== 0) writer.tag(6, WireType.Varint).int64(revision)
+  const bytes = result.kind === 'item' ? result.bytes : result.kind === 'not-found' ? ITEM_NOT_FOUND : NOTHING
+  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + SHORT_BYTES)
+  if (correlationId !== 0n) writer.uint64(1, correlationId)
+  if (result.kind === 'item') writer.bytes(2, bytes)
+  else if (result.kind === 'not-modified') writer.number(3, 1)
+  else if (result.kind === 'not-found') writer.bytes(4, bytes)
+  const cache = writer.begin(5)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
+  const revision = answer.copy?.asOf ?? 0
+  if (revision !== 0) writer.number(6, revision)
   return writer.finish()
 }
 
-/** One `BatchGetItemsResult`. */
-export interface BatchResult {
-  readonly id: string
-  /** `undefined`: neither an item nor an error, for a miss with CACHE_ONLY. */
-  readonly result: Uint8Array | ItemCacheError | undefined
-  readonly cache: CacheStatus | undefined
+/** A `StreamItemsResponse` of a look-up that failed. */
+export function encodeStreamFailure(correlationId: bigint, error: ItemCacheError): Uint8Array {
+  const bytes = encodeItemError(error)
+  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + NUMBER_BYTES)
+  if (correlationId !== 0n) writer.uint64(1, correlationId)
+  return writer.bytes(4, bytes).finish()
 }
 
-/** A `BatchGetItemsResponse`. */
-export function encodeBatch(results: readonly BatchResult[]): Uint8Array {
-  const writer = new BinaryWriter()
-  for (const { id, result, cache } of results) {
-    writer.tag(1, WireType.LengthDelimited).fork()
-    writer.tag(1, WireType.LengthDelimited).string(id)
-    if (result instanceof Uint8Array) writer.tag(2, WireType.LengthDelimited).bytes(result)
-    else if (result !== undefined) writer.tag(3, WireType.LengthDelimited).bytes(encodeItemError(result))
-    if (cache !== undefined) writer.tag(4, WireType.LengthDelimited).bytes(toBinary(CacheStatusSchema, cache))
-    writer.join()
+const NOTHING = new Uint8Array()
+/** Everything in a response but the item: a status, an id of the look-up, a revision, a flag. */
+const SHORT_BYTES = fieldBytes(CACHE_STATUS_BYTES) + 3 * NUMBER_BYTES
+
+/** One `BatchGetItemsResult`; neither an item nor an error for a miss with CACHE_ONLY. */
+export interface BatchResult {
+  readonly id: string
+  /** Encoded. */
+  readonly item: Uint8Array | undefined
+  /** An encoded `ItemError`. */
+  readonly error: Uint8Array | undefined
+  /** Where it came from; `undefined` with an error that no tier gave. */
+  readonly answer: Answer | undefined
+}
+
+/** A `BatchGetItemsResponse`. `nowMs` is the reader's clock. */
+export function encodeBatch(results: readonly BatchResult[], nowMs: number): Uint8Array {
+  let maxBytes = 0
+  for (const { id, item, error } of results) {
+    maxBytes += 4 * HEADER_BYTES + MAX_UTF8_BYTES * id.length + CACHE_STATUS_BYTES
+    maxBytes += (item?.byteLength ?? 0) + (error?.byteLength ?? 0)
+  }
+  const writer = new FieldWriter(maxBytes)
+  const status = new FieldWriter(CACHE_STATUS_BYTES)
+  for (const { id, item, error, answer } of results) {
+    const idBytes = utf8Bytes(id)
+    status.clear()
+    if (answer !== undefined) putCacheStatus(status, answer, nowMs)
+    const statusBytes = answer === undefined ? 0 : fieldBytes(status.length)
+    writer.header(1, fieldBytes(idBytes) + optionalBytes(item) + optionalBytes(error) + statusBytes)
+    writer.string(1, id)
+    if (item !== undefined) writer.bytes(2, item)
+    if (error !== undefined) writer.bytes(3, error)
+    if (answer !== undefined) writer.message(4, status)
   }
   return writer.finish()
 }
 
-function encodeItemError(error: ItemCacheError): Uint8Array {
-  const { reason, message, retryAfterMs } = error
-  const init: MessageInitShape<typeof ItemErrorSchema> = { code: codeOf(error), reason, message }
-  if (retryAfterMs !== undefined) init.retryDelay = toDuration(retryAfterMs)
-  return toBinary(ItemErrorSchema, create(ItemErrorSchema, init))
+const optionalBytes = (field: Uint8Array | undefined) =>
+  field === undefined ? 0 : fieldBytes(field.byteLength)
+
+/** An `ItemError`. */
+export function encodeItemError(error: ItemCacheError): Uint8Array {
+  const { reason, retryAfterMs } = error
+  const message = error.message.toWellFormed()
+  const writer = new FieldWriter(
+    NUMBER_BYTES + 3 * HEADER_BYTES + 2 * NUMBER_BYTES + MAX_UTF8_BYTES * (reason.length + message.length),
+  )
+  writer.number(1, codeOf(error))
+  if (reason !== '') writer.string(2, reason)
+  if (message !== '') writer.string(3, message)
+  if (retryAfterMs !== undefined) putDuration(writer, 4, retryAfterMs)
+  return writer.finish()
 }
+
+/** What results of many say of an item that does not exist. */
+export const ITEM_NOT_FOUND = encodeItemError(itemNotFound(''))
 
 /** The part of a `ListItemsResponse` that is the same for everybody: what is cached of a page. */
 export function encodePage({ items, nextPageToken }: Page): Uint8Array {
-  const writer = new BinaryWriter()
-  for (const { bytes } of items) {
-    if (bytes !== undefined) writer.tag(1, WireType.LengthDelimited).bytes(bytes)
-  }
-  if (nextPageToken !== '') writer.tag(2, WireType.LengthDelimited).string(nextPageToken)
+  const token = Buffer.from(nextPageToken)
+  const present = items.flatMap(({ bytes }) => bytes ?? [])
+  const maxBytes = present.reduce(
+    (sum, { byteLength }) => sum + fieldBytes(byteLength),
+    fieldBytes(token.length),
+  )
+  const writer = new FieldWriter(maxBytes)
+  for (const bytes of present) writer.bytes(1, bytes)
+  if (token.length > 0) writer.bytes(2, token)
   return writer.finish()
 }
 
-/** A `ListItemsResponse`: a page and where it came from. */
-export function encodeList(page: Uint8Array, revision: number, cache: CacheStatus): Uint8Array {
-  const writer = new BinaryWriter().raw(page)
-  if (revision !== 0) writer.tag(3, WireType.Varint).int64(revision)
-  writer.tag(4, WireType.LengthDelimited).bytes(toBinary(CacheStatusSchema, cache))
+/** A `ListItemsResponse`: a page and where it came from. `nowMs` is the reader's clock. */
+export function encodeList(page: Uint8Array, answer: Answer, nowMs: number): Uint8Array {
+  const writer = new FieldWriter(page.byteLength + SHORT_BYTES).raw(page)
+  const revision = answer.copy?.asOf ?? 0
+  if (revision !== 0) writer.number(3, revision)
+  const cache = writer.begin(4)
+  putCacheStatus(writer, answer, nowMs)
+  writer.end(cache)
   return writer.finish()
 }
 
 /** A message whose field 1 is an item and whose field 2 is a revision: the answers of create and update. */
 export function encodeWritten(item: Uint8Array, revision: number): Uint8Array {
-  return new BinaryWriter()
-    .tag(1, WireType.LengthDelimited)
-    .bytes(item)
-    .tag(2, WireType.Varint)
-    .int64(revision)
+  return new FieldWriter(fieldBytes(item.byteLength) + NUMBER_BYTES)
+    .bytes(1, item)
+    .number(2, revision)
     .finish()
 }

@@ -10,7 +10,7 @@ import {
   toBinary,
 } from '@bufbuild/protobuf'
 import type { UntypedServiceImplementation } from '@grpc/grpc-js'
-import { ItemCacheError } from '../errors.ts'
+import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
   BreakerState,
@@ -64,10 +64,14 @@ import {
   cacheStatus,
   encodeBatch,
   encodeGetItem,
+  encodeItemError,
   encodeList,
   encodePage,
+  encodeStreamFailure,
   encodeStreamItem,
   encodeWritten,
+  type GetItemResult,
+  ITEM_NOT_FOUND,
   masked,
   SKIP_REASONS,
   TIERS,
@@ -76,9 +80,11 @@ import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
 import { toDuration, toItemCacheError } from './status.ts'
+import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
   checkId,
+  checkIds,
   checkListSize,
   checkOptionalName,
   checkTag,
@@ -102,8 +108,14 @@ export interface Services {
 /** Full name of a method, as metrics and logs show it. */
 export const methodName = (method: string): string => `${ItemCacheService.typeName}/${method}`
 
-/** Every RPC as grpc-js wants it. */
-export function implementation(frame: CallFrame, services: Services): UntypedServiceImplementation {
+/** Every RPC: the streams as grpc-js wants them, and how each unary call is handled, by their names in the proto. */
+export function implementation(
+  frame: CallFrame,
+  services: Services,
+): {
+  readonly streams: UntypedServiceImplementation
+  readonly unary: Readonly<Record<string, UnaryMethod['handle']>>
+} {
   const { reader, writer, postgres, inspected, subscriptions } = services
 
   function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
@@ -125,19 +137,23 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     mask: ItemMask | undefined,
     context: CallContext,
   ): Uint8Array {
-    const cache = cacheStatus(answer, reader.now())
     context.tier = answer.tier
     context.outcome = answer.outcome
-    const { copy } = answer
-    if (copy === undefined) return encodeGetItem({ kind: 'none' }, cache, 0)
-    if (copy.bytes === undefined) {
-      context.cache = cache
-      throw notFound(request.id)
-    }
-    if (request.ifNoneMatch !== '' && request.ifNoneMatch === etagOf(copy.revision)) {
-      return encodeGetItem({ kind: 'not-modified' }, cache, copy.asOf)
-    }
-    return encodeGetItem({ kind: 'item', bytes: masked(copy.bytes, mask) }, cache, copy.asOf)
+    const result = resultOf(answer, request.ifNoneMatch, mask)
+    if (result.kind !== 'not-found') return encodeGetItem(result, answer, reader.now())
+    context.cache = cacheStatus(answer, reader.now())
+    throw itemNotFound(request.id)
+  }
+
+  function resultOf(
+    { copy }: Answer,
+    ifNoneMatch: string,
+    mask: ItemMask | undefined,
+  ): GetItemResult | { readonly kind: 'not-found' } {
+    if (copy === undefined) return { kind: 'none' }
+    if (copy.bytes === undefined) return { kind: 'not-found' }
+    if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) return { kind: 'not-modified' }
+    return { kind: 'item', bytes: masked(copy.bytes, mask) }
   }
 
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
@@ -151,7 +167,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
-      return encodeStreamItem(correlationId, { kind: 'error', error: known }, undefined, 0)
+      return encodeStreamFailure(correlationId, known)
     }
     try {
       frame.rateLimit?.take(tenant)
@@ -160,19 +176,8 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       const options = readOptions(request.options, violations)
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
-      const finish = (answer: Answer): Uint8Array => {
-        const cache = cacheStatus(answer, reader.now())
-        const { copy } = answer
-        if (copy === undefined) return encodeStreamItem(correlationId, { kind: 'none' }, cache, 0)
-        const { bytes, asOf } = copy
-        if (bytes === undefined) {
-          return encodeStreamItem(correlationId, { kind: 'error', error: notFound(id) }, cache, asOf)
-        }
-        if (ifNoneMatch !== '' && ifNoneMatch === etagOf(copy.revision)) {
-          return encodeStreamItem(correlationId, { kind: 'not-modified' }, cache, asOf)
-        }
-        return encodeStreamItem(correlationId, { kind: 'item', bytes: masked(bytes, mask) }, cache, asOf)
-      }
+      const finish = (answer: Answer): Uint8Array =>
+        encodeStreamItem(correlationId, resultOf(answer, ifNoneMatch, mask), answer, reader.now())
       const hit = reader.hit(tenant, id, options)
       if (hit !== undefined) return finish(hit)
       return reader.load(tenant, id, options, signal()).then(finish).catch(refuse)
@@ -181,32 +186,41 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     }
   }
 
-  async function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Promise<Reply> {
+  function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Reply | Promise<Reply> {
+    const { ids } = request
+    const { tenant } = context
     const violations = new Violations()
-    checkListSize(request.ids.length, [1, LIMITS.batchIds], 'ids', violations)
-    for (const [i, id] of request.ids.slice(0, LIMITS.batchIds).entries())
-      checkId(id, `ids[${i}]`, violations)
+    checkIds(ids, 'ids', violations)
     const options = readOptions(request.options, violations)
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
-    const results = new Map<string, BatchResult | Promise<BatchResult>>()
+    context.outcome = `${ids.length} ids`
+    const hits = reader.hits(tenant, ids, options)
+    if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
+    return encodeBatch(
+      hits.map((hit, i) => batchResult(ids[i] ?? '', hit, mask)),
+      reader.now(),
+    )
+  }
+
+  /** Loads what is missing, each id once. */
+  async function batchLoads(
+    ids: readonly string[],
+    hits: readonly (Answer | undefined)[],
+    options: ReadOptions,
+    mask: ItemMask | undefined,
+    context: CallContext,
+  ): Promise<Reply> {
+    const missing = new Set(ids.filter((_, i) => hits[i] === undefined))
     // Slow items are given up shortly before the caller does, so that the others still reach it.
     using patience = new Patience(context)
-    for (const id of request.ids) {
-      if (results.has(id)) continue
-      const hit = reader.hit(context.tenant, id, options)
-      results.set(
-        id,
-        hit === undefined
-          ? batchLoad(id, options, mask, context.tenant, patience.signal)
-          : batchResult(id, hit, mask),
-      )
-    }
-    const byId = new Map(
-      await Promise.all([...results].map(async ([id, result]) => [id, await result] as const)),
-    )
-    context.outcome = `${request.ids.length} ids`
-    return encodeBatch(request.ids.flatMap((id) => byId.get(id) ?? []))
+    const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
+    const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
+    const results = ids.flatMap((id, i) => {
+      const hit = hits[i]
+      return hit === undefined ? (loaded.get(id) ?? []) : batchResult(id, hit, mask)
+    })
+    return encodeBatch(results, reader.now())
   }
 
   async function batchLoad(
@@ -220,17 +234,17 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
       return batchResult(id, await reader.load(tenant, id, options, signal), mask)
     } catch (error) {
       if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return { id, result: error, cache: undefined }
+        return { id, item: undefined, error: encodeItemError(error), answer: undefined }
       }
       throw error
     }
   }
 
   function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
-    const cache = cacheStatus(answer, reader.now())
-    if (answer.copy === undefined) return { id, result: undefined, cache }
-    const { bytes } = answer.copy
-    return { id, result: bytes === undefined ? notFound(id) : masked(bytes, mask), cache }
+    const { copy } = answer
+    const item = copy?.bytes && masked(copy.bytes, mask)
+    const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
+    return { id, item, error, answer }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
@@ -255,7 +269,7 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
     context.outcome = answer.outcome
     const { copy } = answer
     if (copy?.bytes === undefined) throw new ItemCacheError('internal', 'a list has no page')
-    return encodeList(copy.bytes, copy.asOf, cacheStatus(answer, reader.now()))
+    return encodeList(copy.bytes, answer, reader.now())
   }
 
   async function createItem(request: CreateItemRequest, context: CallContext): Promise<Reply> {
@@ -384,24 +398,28 @@ export function implementation(frame: CallFrame, services: Services): UntypedSer
   ) => unary(frame, methodName(method), handler)
 
   return {
-    GetItem: on('GetItem', getItem),
-    BatchGetItems: on('BatchGetItems', batchGetItems),
-    StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
-    ListItems: on('ListItems', listItems),
-    CreateItem: on('CreateItem', createItem),
-    UpdateItem: on('UpdateItem', updateItem),
-    DeleteItem: on('DeleteItem', deleteItem),
-    InvalidateItems: on('InvalidateItems', invalidateItems),
-    InspectItem: on('InspectItem', inspect),
-    GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-      create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
-    ),
-    WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
-    WatchInvalidations: serverStream(
-      frame,
-      methodName('WatchInvalidations'),
-      watchInvalidations(subscriptions, reader, frame.unsent.maxBytes / 4),
-    ),
+    unary: {
+      GetItem: on('GetItem', getItem),
+      BatchGetItems: on('BatchGetItems', batchGetItems),
+      ListItems: on('ListItems', listItems),
+      CreateItem: on('CreateItem', createItem),
+      UpdateItem: on('UpdateItem', updateItem),
+      DeleteItem: on('DeleteItem', deleteItem),
+      InvalidateItems: on('InvalidateItems', invalidateItems),
+      InspectItem: on('InspectItem', inspect),
+      GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
+        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+      ),
+    },
+    streams: {
+      StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
+      WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
+      WatchInvalidations: serverStream(
+        frame,
+        methodName('WatchInvalidations'),
+        watchInvalidations(subscriptions, reader, frame.unsent.maxBytes / 4),
+      ),
+    },
   }
 }
 
@@ -414,8 +432,9 @@ const MODES: Readonly<Record<InvalidationMode, DomainMode>> = {
   [InvalidationMode.REMOVE]: 'REMOVE',
 }
 
-function notFound(id: string): ItemCacheError {
-  return new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
+/** Whether there is nothing that has to be loaded. */
+function isWhole(answers: readonly (Answer | undefined)[]): answers is readonly Answer[] {
+  return !answers.includes(undefined)
 }
 
 function itemOf(request: { item?: Item | undefined }, violations: Violations): Item {
@@ -439,8 +458,7 @@ function targetOf(request: InvalidateItemsRequest, violations: Violations): Inva
   switch (target.case) {
     case 'ids': {
       const { ids } = target.value
-      checkListSize(ids.length, [1, LIMITS.batchIds], 'ids.ids', violations)
-      for (const [i, id] of ids.slice(0, LIMITS.batchIds).entries()) checkId(id, `ids.ids[${i}]`, violations)
+      checkIds(ids, 'ids.ids', violations)
       return { kind: 'ids', ids: [...new Set(ids)] }
     }
     case 'tags': {

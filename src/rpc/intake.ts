@@ -19,13 +19,16 @@ import {
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
-import { codeName, codeOf, toStatus } from './status.ts'
+import { codeName, codeOf, toStatus, trailersOnly } from './status.ts'
+import { type CallOwner, UnaryCall, type UnaryMethod } from './unary-call.ts'
 
 /** The kinds of methods, as grpc-js calls them. `undefined`: there is no such method. */
 export type MethodKind = 'unary' | 'serverStream' | 'bidi' | undefined
 
 export interface IntakeOptions {
   readonly kindOf: (path: string) => MethodKind
+  /** The unary methods that are called from here, by path. What is not among them is grpc-js'. */
+  readonly unary: ReadonlyMap<string, UnaryMethod>
   /** How long a request may take to arrive, and, again, how long a unary call may take from then on. */
   readonly maxDeadlineMs: number
   /** What is held of requests that are being received on one connection. */
@@ -36,6 +39,8 @@ export interface IntakeOptions {
   readonly maxMessageBytes: number
   /** Most streams of all connections together, whatever has become of their calls. */
   readonly maxStreams: number
+  /** A connection without a stream is closed after this time. */
+  readonly maxIdleMs: number
   readonly log: Logger
   readonly metrics: Metrics
   /** Monotonic, milliseconds. */
@@ -84,6 +89,8 @@ export class Intake implements Disposable {
   /** Open streams of each connection that has any, and of all. */
   readonly #streams = new Map<Http2Session, number>()
   #open = 0
+  /** Connections without a stream, and the look since which they have none, in that order. */
+  readonly #idle = new Map<Http2Session, number>()
   readonly #sweep: NodeJS.Timeout
   #sweeps = 0
   /** The call that grpc-js is just taking over. */
@@ -93,7 +100,12 @@ export class Intake implements Disposable {
     this.#options = options
     this.#all = new Held(options.maxBytes)
     // What has come in meanwhile is read first.
-    this.#sweep = setInterval(() => setImmediate(() => this.#endOverdue()), SWEEP_MS).unref()
+    const look = () => {
+      this.#sweeps++
+      this.#endOverdue()
+      this.#closeIdle()
+    }
+    this.#sweep = setInterval(() => setImmediate(look), SWEEP_MS).unref()
   }
 
   /** Lets a call be ended here in a way that grpc-js knows of. */
@@ -102,8 +114,8 @@ export class Intake implements Disposable {
     if (call !== undefined) call.taken = taken
     // What the type wants is a wrapper around it, which would cost every message something.
     if (call === undefined || !call.weight.compressed) return taken as ServerInterceptingCall
-    const { weight, kind, stream } = call
-    const counting = new ServerInterceptingCall(taken, {
+    const { weight, kind } = call
+    return new ServerInterceptingCall(taken, {
       start: (next) =>
         next({
           onReceiveMessage(message, next) {
@@ -117,8 +129,6 @@ export class Intake implements Disposable {
           },
         }),
     })
-    // As the call that it wraps has it: `unsent.ts` waits for its end.
-    return Object.assign(counting, { stream })
   }
 
   /** Comes before those who listen to the server's streams now. */
@@ -127,12 +137,16 @@ export class Intake implements Disposable {
     http2.removeAllListeners('stream')
     const listener: StreamListener = (stream, headers, flags, raw) => {
       const call = this.#admit(stream, headers, raw)
-      if (call === undefined) return
+      if (call === undefined || call.unary !== undefined) return
       this.#current = call
       for (const listener of behind) listener.call(http2, stream, headers, flags, raw)
       this.#current = undefined
     }
     http2.on('stream', listener as never)
+    http2.on('session', (session) => {
+      this.#idle.set(session, this.#sweeps)
+      session.once('close', () => this.#idle.delete(session))
+    })
   }
 
   #admit(stream: ServerHttp2Stream, headers: IncomingHttpHeaders, raw: readonly string[]): Call | undefined {
@@ -141,15 +155,7 @@ export class Intake implements Disposable {
     if (session === undefined || stream.destroyed || stream.closed) return undefined
     const path = headers[':path'] ?? ''
     const kind = this.#options.kindOf(path)
-    const call: Call = {
-      stream,
-      path,
-      kind,
-      sinceMs: this.#options.now(),
-      sinceSweep: this.#sweeps,
-      weight: this.#weigh(session, headers, kind),
-      taken: undefined,
-    }
+    const call = new Call(this, stream, path, kind, this.#weigh(session, headers, kind))
     const { weight } = call
     this.#opened(session)
     if (stream.destroyed) {
@@ -157,25 +163,43 @@ export class Intake implements Disposable {
       return undefined
     }
     const httpStatus = refusedAs(headers)
-    if (httpStatus !== undefined || kind === undefined || !fitTimeout(headers)) {
+    const timeoutMs = takeTimeout(headers)
+    if (httpStatus !== undefined || kind === undefined || timeoutMs === undefined) {
       stream.on('error', () => {}).once('close', () => this.#closed(session))
       if (httpStatus !== undefined) stream.respond({ ':status': httpStatus }, { endStream: true })
-      else this.#refuse(call, kind === undefined ? noSuchMethod(path) : malformedTimeout())
+      else this.refuse(call, kind === undefined ? noSuchMethod(path) : malformedTimeout())
       return undefined
     }
     showRepeatedCredentials(headers, raw)
 
     let refused = false
     this.#calls.add(call)
+    const method = this.#options.unary.get(path)
+    const unary =
+      method &&
+      new UnaryCall(
+        stream,
+        headers,
+        method,
+        call,
+        timeoutMs === Number.POSITIVE_INFINITY ? timeoutMs : Date.now() + timeoutMs,
+      )
+    call.unary = unary
     stream.on('data', (chunk: Buffer) => {
-      if (refused || weight.add(chunk)) return
+      if (refused) return
+      if (weight.add(chunk)) {
+        unary?.receive(chunk)
+        return
+      }
       refused = true
       weight.release()
-      this.#refuse(call, tooMuch())
+      this.refuse(call, tooMuch())
     })
+    if (unary !== undefined) stream.on('error', ignore).on('end', () => unary.end())
     stream.once('close', () => {
       weight.release()
       this.#calls.delete(call)
+      unary?.closed()
       this.#closed(session)
     })
     return call
@@ -184,7 +208,9 @@ export class Intake implements Disposable {
   /** One stream too many costs the connection that has the most of them all that it has. */
   #opened(session: Http2Session): void {
     this.#open++
-    this.#streams.set(session, (this.#streams.get(session) ?? 0) + 1)
+    const before = this.#streams.get(session) ?? 0
+    if (before === 0) this.#idle.delete(session)
+    this.#streams.set(session, before + 1)
     if (this.#open <= this.#options.maxStreams) return
     const [most] = [...this.#streams].reduce((a, b) => (b[1] > a[1] ? b : a))
     this.#options.log.warn({ streams: this.#streams.get(most) }, 'too many streams: a connection is cut off')
@@ -195,13 +221,24 @@ export class Intake implements Disposable {
     this.#open--
     const left = (this.#streams.get(session) ?? 0) - 1
     if (left > 0) this.#streams.set(session, left)
-    else this.#streams.delete(session)
+    else {
+      this.#streams.delete(session)
+      if (!session.closed && !session.destroyed) this.#idle.set(session, this.#sweeps)
+    }
   }
 
   /** Whether requests of unary calls are on their way. */
   get receiving(): boolean {
     for (const { kind, stream } of this.#calls) if (kind === 'unary' && !stream.readableEnded) return true
     return false
+  }
+
+  get nowMs(): number {
+    return this.#options.now()
+  }
+
+  get sweeps(): number {
+    return this.#sweeps
   }
 
   /** Streams that are open, whatever has become of their calls. */
@@ -221,9 +258,16 @@ export class Intake implements Disposable {
     return new Weight([connection, this.#all], kind === 'bidi', 0)
   }
 
+  #closeIdle(): void {
+    for (const [session, since] of this.#idle) {
+      if ((this.#sweeps - since) * SWEEP_MS < this.#options.maxIdleMs) break
+      this.#idle.delete(session)
+      session.close()
+    }
+  }
+
   #endOverdue(): void {
     const { maxDeadlineMs } = this.#options
-    this.#sweeps++
     for (const call of this.#calls) {
       const ageMs = (this.#sweeps - call.sinceSweep) * SWEEP_MS
       if (ageMs <= maxDeadlineMs) break
@@ -232,7 +276,7 @@ export class Intake implements Disposable {
       if (kind === 'bidi' || (kind === 'serverStream' && arrived)) this.#calls.delete(call)
       else if (!arrived && !stream.headersSent) {
         this.#calls.delete(call)
-        this.#refuse(call, requestDidNotEnd())
+        this.refuse(call, requestDidNotEnd())
       } else if (ageMs > 2 * maxDeadlineMs + LAST_WORDS_MS) {
         // It has been answered, and the caller does not take the answer.
         this.#calls.delete(call)
@@ -241,7 +285,8 @@ export class Intake implements Disposable {
     }
   }
 
-  #refuse({ stream, path, kind, sinceMs, taken }: Call, error: ItemCacheError): void {
+  /** Answers a call of which no handler knows yet. */
+  refuse({ stream, path, kind, sinceMs, taken, unary }: Call, error: ItemCacheError): void {
     const { metrics, log, now } = this.#options
     const failure = toStatus(error)
     // The handler of any other kind has not been called yet, and so the call not been counted.
@@ -255,19 +300,11 @@ export class Intake implements Disposable {
     }
     // The caller may go on sending. Closed at once, the stream would take the answer with it.
     setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), ANSWER_LEAVES_MS).unref()
-    if (taken !== undefined) {
-      taken.sendStatus(failure)
-      return
+    if (unary !== undefined) unary.refuse(failure)
+    else if (taken !== undefined) taken.sendStatus(failure)
+    else if (!stream.destroyed && !stream.closed && !stream.headersSent) {
+      stream.respond(trailersOnly(failure), { endStream: true })
     }
-    if (stream.destroyed || stream.closed || stream.headersSent) return
-    const headers = {
-      ':status': 200,
-      'content-type': 'application/grpc+proto',
-      'grpc-status': failure.code,
-      'grpc-message': encodeURI(failure.details ?? ''),
-      ...failure.metadata?.toHttp2Headers(),
-    }
-    stream.respond(headers, { endStream: true })
   }
 
   [Symbol.dispose](): void {
@@ -275,16 +312,40 @@ export class Intake implements Disposable {
   }
 }
 
-interface Call {
+/** A call that has been let in. */
+class Call implements CallOwner {
   readonly stream: ServerHttp2Stream
   readonly path: string
   readonly kind: MethodKind
   readonly sinceMs: number
   readonly sinceSweep: number
   readonly weight: Weight
+  readonly #intake: Intake
   /** What grpc-js made of it; `undefined` while it has not. */
   taken: ServerInterceptingCallInterface | undefined
+  /** What was made of it here. */
+  unary: UnaryCall | undefined
+
+  constructor(intake: Intake, stream: ServerHttp2Stream, path: string, kind: MethodKind, weight: Weight) {
+    this.#intake = intake
+    this.stream = stream
+    this.path = path
+    this.kind = kind
+    this.weight = weight
+    this.sinceMs = intake.nowMs
+    this.sinceSweep = intake.sweeps
+  }
+
+  reject(error: ItemCacheError): void {
+    this.#intake.refuse(this, error)
+  }
+
+  delivered(): void {
+    if (this.weight.compressed) this.weight.release()
+  }
 }
+
+const ignore = () => {}
 
 /** The HTTP status of a request that is none of gRPC's. */
 function refusedAs(headers: IncomingHttpHeaders): number | undefined {
@@ -295,14 +356,16 @@ function refusedAs(headers: IncomingHttpHeaders): number | undefined {
   return undefined
 }
 
-/** Takes away a timeout that is longer than any timer; false when it is none at all. */
-function fitTimeout(headers: IncomingHttpHeaders): boolean {
+/** How long the caller waits, in milliseconds, or `undefined` when it does not say so properly. One that is longer than any timer is taken away. */
+function takeTimeout(headers: IncomingHttpHeaders): number | undefined {
   const timeout = headers['grpc-timeout']
-  if (timeout === undefined) return true
+  if (timeout === undefined) return Number.POSITIVE_INFINITY
   const [, digits, unit = ''] = /^(\d{1,8})([HMSmun])$/.exec(String(timeout)) ?? []
   const ms = Number(digits) * (TIMEOUT_UNITS_MS[unit] ?? Number.NaN)
-  if (ms > MAX_TIMER_MS) delete headers['grpc-timeout']
-  return !Number.isNaN(ms)
+  if (Number.isNaN(ms)) return undefined
+  if (ms <= MAX_TIMER_MS) return ms
+  delete headers['grpc-timeout']
+  return Number.POSITIVE_INFINITY
 }
 
 /**

@@ -3,7 +3,13 @@ import type { Http2Server } from 'node:http2'
 import { promisify } from 'node:util'
 import { type DescFile, toBinary } from '@bufbuild/protobuf'
 import { FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
-import { Server, ServerCredentials, type ServerDuplexStream, setLogger } from '@grpc/grpc-js'
+import {
+  Server,
+  ServerCredentials,
+  type ServerDuplexStream,
+  type ServiceDefinition,
+  setLogger,
+} from '@grpc/grpc-js'
 import { ReflectionService } from '@grpc/reflection'
 import { HealthImplementation } from 'grpc-health-check'
 import type { Config, HostPort } from '../config.ts'
@@ -17,6 +23,7 @@ import { implementation, methodName, type Services } from './handlers.ts'
 import { Intake, type MethodKind } from './intake.ts'
 import { grpcDefinition } from './service-definition.ts'
 import type { TlsCredentials } from './tls.ts'
+import type { UnaryMethod } from './unary-call.ts'
 
 /** The full names of the RPCs, for the metrics. */
 export const RPC_METHODS: readonly string[] = ItemCacheService.methods.map((method) =>
@@ -57,14 +64,18 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   const hurrying = new AbortController()
   const frame: CallFrame = { ...options.frame, draining: draining.signal, hurrying: hurrying.signal }
   quiet(frame.log)
+  const definition = grpcDefinition(ItemCacheService)
+  const { streams, unary } = implementation(frame, services)
   const intake = new Intake({
     kindOf: (path) => grpcJs.handlers.get(path)?.type,
+    unary: unaryMethods(definition, unary, grpc.maxMessageBytes),
     maxDeadlineMs: frame.maxDeadlineMs,
     maxConnectionBytes: grpc.maxSessionMemoryBytes,
     maxBytes: grpc.maxRequestMemoryBytes,
     maxMessageBytes: grpc.maxMessageBytes,
     // Calls of other services, and those that have only begun, are no calls yet.
     maxStreams: 2 * frame.maxCalls,
+    maxIdleMs: grpc.maxConnectionIdleMs,
     log: frame.log,
     metrics: frame.metrics,
     now: frame.now,
@@ -74,7 +85,8 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     'grpc.max_receive_message_length': grpc.maxMessageBytes,
     'grpc.max_concurrent_streams': grpc.maxConcurrentStreams,
     'grpc-node.max_session_memory': Math.ceil(grpc.maxSessionMemoryBytes / 1e6),
-    'grpc.max_connection_idle_ms': grpc.maxConnectionIdleMs,
+    // Nobody here asks for its counts.
+    'grpc.enable_channelz': 0,
     'grpc.max_connection_age_ms': grpc.maxConnectionAgeMs,
     'grpc.max_connection_age_grace_ms': grpc.maxConnectionAgeGraceMs,
     'grpc.keepalive_time_ms': grpc.keepaliveTimeMs,
@@ -88,7 +100,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     intake.guard(http2)
     return http2
   }
-  server.addService(grpcDefinition(ItemCacheService), implementation(frame, services))
+  server.addService(definition, streams)
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
   const watchedNames = forgetStrangers(health)
   health.addToServer(server)
@@ -147,6 +159,21 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       intake[Symbol.dispose]()
     },
   }
+}
+
+/** The unary methods by their paths. */
+function unaryMethods(
+  definition: ServiceDefinition,
+  handlers: Readonly<Record<string, UnaryMethod['handle']>>,
+  maxRequestBytes: number,
+): ReadonlyMap<string, UnaryMethod> {
+  const methods = Object.entries(definition).flatMap(([name, method]) => {
+    const handle = handlers[name]
+    if (handle === undefined) return []
+    const { path, requestDeserialize: decode, responseSerialize: encode } = method
+    return [[path, { maxRequestBytes, decode, encode, handle }] as const]
+  })
+  return new Map(methods)
 }
 
 /** The HTTP/2 servers and the methods' kinds, which grpc-js keeps to itself. */

@@ -1,5 +1,6 @@
 /** The one place that turns errors into gRPC statuses. */
 import { randomBytes } from 'node:crypto'
+import type { OutgoingHttpHeaders } from 'node:http2'
 import {
   create,
   type DescMessage,
@@ -7,8 +8,8 @@ import {
   type MessageShape,
   toBinary,
 } from '@bufbuild/protobuf'
-import { type Any, anyPack, type Duration, DurationSchema } from '@bufbuild/protobuf/wkt'
-import { Metadata, type StatusObject, status } from '@grpc/grpc-js'
+import { type Any, AnySchema, anyPack, type Duration, DurationSchema } from '@bufbuild/protobuf/wkt'
+import { Metadata, status } from '@grpc/grpc-js'
 import { type ErrorCode, ItemCacheError, type Violation } from '../errors.ts'
 import {
   BadRequestSchema,
@@ -17,7 +18,7 @@ import {
   RetryInfoSchema,
 } from '../gen/google/rpc/error_details_pb.ts'
 import { StatusSchema } from '../gen/google/rpc/status_pb.ts'
-import { type CacheStatus, CacheStatusSchema } from '../gen/itemcache/v1/item_cache_pb.ts'
+import { CacheStatusSchema } from '../gen/itemcache/v1/item_cache_pb.ts'
 import { STATUS_NAMES, type StatusName } from '../observe/metrics.ts'
 
 const CODES: Readonly<Record<ErrorCode, status>> = {
@@ -80,8 +81,15 @@ export function toItemCacheError(
   return new ItemCacheError('internal', `internal error, reference ${reference}`, { cause: error })
 }
 
-/** The gRPC status of a domain error. `cache` is added to the details, so that a NOT_FOUND tells who said so. */
-export function toStatus(error: ItemCacheError, cache?: CacheStatus): StatusObject {
+/** A gRPC status, as grpc-js takes it too. */
+export interface Status {
+  readonly code: status
+  readonly details: string
+  readonly metadata: Metadata
+}
+
+/** The gRPC status of a domain error. `cache`, an encoded `CacheStatus`, is added to the details, so that a NOT_FOUND tells who said so. */
+export function toStatus(error: ItemCacheError, cache?: Uint8Array): Status {
   const code = codeOf(error)
   // grpc-js encodes the details with encodeURI, which throws on a lone surrogate.
   const message = error.message.toWellFormed()
@@ -96,11 +104,25 @@ export function toStatus(error: ItemCacheError, cache?: CacheStatus): StatusObje
   if (retryAfterMs !== undefined) {
     details.push(pack(RetryInfoSchema, { retryDelay: toDuration(retryAfterMs) }))
   }
-  if (cache !== undefined) details.push(anyPack(CacheStatusSchema, cache))
+  if (cache !== undefined)
+    details.push(
+      create(AnySchema, { typeUrl: `type.googleapis.com/${CacheStatusSchema.typeName}`, value: cache }),
+    )
   const metadata = new Metadata()
   const encoded = toBinary(StatusSchema, create(StatusSchema, { code, message, details }))
   metadata.set('grpc-status-details-bin', Buffer.from(encoded))
   return { code, details: message, metadata }
+}
+
+/** A status as the headers of an answer without a message. */
+export function trailersOnly({ code, details, metadata }: Status): OutgoingHttpHeaders {
+  return {
+    ':status': 200,
+    'content-type': 'application/grpc+proto',
+    'grpc-status': code,
+    'grpc-message': encodeURI(details),
+    ...metadata.toHttp2Headers(),
+  }
 }
 
 /** The first violations, as many as the details of an error have room for. */

@@ -1,8 +1,7 @@
 /** Answers that callers have not taken yet, of all connections together. */
 
-import type { Http2Stream } from 'node:http2'
-import type { ServerUnaryCall } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
+import type { UnaryCall } from './unary-call.ts'
 
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
 const SMALL_BYTES = 4096
@@ -16,14 +15,6 @@ export function weightInStream(reply: unknown): number {
 export function weightOf(reply: unknown): number {
   const bytes = weightInStream(reply)
   return bytes > SMALL_BYTES ? bytes : 0
-}
-
-/** Calls back when the HTTP/2 stream of a call is closed, which grpc-js keeps to itself; false when it is already. */
-export function whenClosed(call: ServerUnaryCall<unknown, unknown>, then: () => void): boolean {
-  const { stream } = (call as unknown as { readonly call: { readonly stream: Http2Stream } }).call
-  if (stream.destroyed) return false
-  stream.once('close', then)
-  return true
 }
 
 /** A tenant may hold this part of all. */
@@ -70,8 +61,8 @@ export class Unsent {
   }
 
   /** Counts the answer of a call until the call's HTTP/2 stream is closed. */
-  addUntilClosed(weight: number, tenant: string, call: ServerUnaryCall<unknown, unknown>): void {
-    if (weight > 0 && whenClosed(call, () => this.release(weight, tenant))) this.add(weight, tenant)
+  addUntilClosed(weight: number, tenant: string, call: UnaryCall): void {
+    if (weight > 0 && call.whenClosed(() => this.release(weight, tenant))) this.add(weight, tenant)
   }
 }
 

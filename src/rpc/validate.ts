@@ -49,7 +49,15 @@ function isName(text: string, maxBytes: number): boolean {
 const nameRule = (maxBytes: number) => `must be 1 to ${maxBytes} bytes without control characters`
 
 export function checkId(id: string, field: string, violations: Violations): void {
-  violations.check(isName(id, LIMITS.idBytes), field, nameRule(LIMITS.idBytes))
+  if (!isName(id, LIMITS.idBytes)) violations.add(field, nameRule(LIMITS.idBytes))
+}
+
+/** Ids of one request. */
+export function checkIds(ids: readonly string[], field: string, violations: Violations): void {
+  checkListSize(ids.length, [1, LIMITS.batchIds], field, violations)
+  for (let i = 0; i < ids.length && i < LIMITS.batchIds; i++) {
+    if (!isName(ids[i] ?? '', LIMITS.idBytes)) violations.add(`${field}[${i}]`, nameRule(LIMITS.idBytes))
+  }
 }
 
 /** A tag or category that is set. */

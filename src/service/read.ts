@@ -119,22 +119,26 @@ export class Reader {
 
   /** The answer that memory can give, or `undefined`. Synchronous. */
   hit(tenant: string, id: string, options: ReadOptions, load?: Load): Answer | undefined {
-    const { memory, metrics, tail } = this.#parts
-    if (options.freshness === 'FRESH' || !memory.enabled || !this.#loader.isCached(tenant, id))
-      return undefined
-    const view = tail.view(tenant)
-    if (view === undefined) return undefined
+    const { metrics, tail } = this.#parts
     const startedMs = this.#options.now()
-    const copy = memory.get(tenant, id)
-    const answer =
-      copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, startedMs, load)
-    if (answer === undefined) {
-      metrics.tiers.memory.misses++
-      return undefined
-    }
-    metrics.tiers.memory.hits++
-    metrics.cachedReads.record(this.#options.now() - startedMs)
+    const answer = this.#hit(tenant, id, options, tail.view(tenant), startedMs, load)
+    if (answer !== undefined) metrics.cachedReads.record(this.#options.now() - startedMs)
     return answer
+  }
+
+  /** The answers that memory can give, in the order of the ids. Synchronous. */
+  hits(tenant: string, ids: readonly string[], options: ReadOptions): readonly (Answer | undefined)[] {
+    const { metrics, tail } = this.#parts
+    const view = tail.view(tenant)
+    const startedMs = this.#options.now()
+    let found = 0
+    const answers = ids.map((id) => {
+      const answer = this.#hit(tenant, id, options, view, startedMs, undefined)
+      if (answer !== undefined) found++
+      return answer
+    })
+    metrics.cachedReads.record((this.#options.now() - startedMs) / ids.length, found)
+    return answers
   }
 
   /** The answer for one item, from whichever tier has it. Throws `ItemCacheError`. */
@@ -203,6 +207,27 @@ export class Reader {
   /** Waits for refreshes and stores that no caller waits for. Used before the tiers are closed. */
   settled(): Promise<void> {
     return this.#loader.settled()
+  }
+
+  #hit(
+    tenant: string,
+    id: string,
+    options: ReadOptions,
+    view: View | undefined,
+    nowMs: number,
+    load: Load | undefined,
+  ): Answer | undefined {
+    const { memory, metrics } = this.#parts
+    if (options.freshness === 'FRESH' || !memory.enabled || !this.#loader.isCached(tenant, id)) {
+      return undefined
+    }
+    if (view === undefined) return undefined
+    const copy = memory.get(tenant, id)
+    const answer =
+      copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, nowMs, load)
+    if (answer === undefined) metrics.tiers.memory.misses++
+    else metrics.tiers.memory.hits++
+    return answer
   }
 
   async #load(

@@ -14,9 +14,11 @@
  * are removed all at once, in a pause. Its hash takes a secret seed and a secret multiplier, so that nobody who
  * chooses keys can choose collisions.
  *
- * Entries may have owners, none of which may hold more than a share of either bound: one that is at its share evicts its
- * own least recent entries, and nobody else's. For that every owner has a recency list of its own, in arrays that only
- * exist when there is such a share.
+ * A key belongs to an owner (`''` when nobody says so), and two owners may have the same key. That is cheaper than a key
+ * that is put together of both, which would have to be made for every read.
+ *
+ * Owners may be held to a share of either bound: one that is at its share evicts its own least recent entries, and nobody
+ * else's. For that every owner has a recency list of its own, in arrays that only exist when there is such a share.
  *
  * Nothing here awaits, and a hit allocates nothing.
  */
@@ -26,7 +28,7 @@ export interface LruOptions {
   readonly maxEntries: number
   /** The most that the costs of all entries may sum up to; at least 1. Default: no bound. */
   readonly maxBytes?: number
-  /** The most that the entries of one owner may take of either bound, above 0 and up to 1. Default 1: no owners. */
+  /** The most that the entries of one owner may take of either bound, above 0 and up to 1. Default 1: no such bound. */
   readonly ownerShare?: number
   /** Milliseconds of a monotonic clock. */
   readonly now: () => number
@@ -104,7 +106,7 @@ export class Lru<V> {
   readonly #multiplier: number
   readonly #maxOwnerEntries: number
   readonly #maxOwnerBytes: number
-  readonly #hasOwners: boolean
+  readonly #hasShares: boolean
 
   #capacity = 0
   #words = new Uint32Array()
@@ -113,6 +115,8 @@ export class Lru<V> {
   /** Slot numbers; the length is a power of two. */
   #buckets = new Uint32Array()
   #keys: string[] = []
+  /** The names of their owners. */
+  #names: string[] = []
   #values: (V | undefined)[] = []
   /** Those that hold something, and by slot. */
   readonly #owners = new Map<string, Owner>()
@@ -147,7 +151,7 @@ export class Lru<V> {
     if (!(ownerShare > 0 && ownerShare <= 1)) {
       throw new RangeError(`ownerShare should be above 0 and at most 1, got ${ownerShare}`)
     }
-    this.#hasOwners = ownerShare < 1
+    this.#hasShares = ownerShare < 1
     this.#maxOwnerEntries = Math.max(1, Math.floor(maxEntries * ownerShare))
     this.#maxOwnerBytes = Math.max(1, Math.floor(maxBytes * ownerShare))
     this.maxEntries = maxEntries
@@ -167,8 +171,8 @@ export class Lru<V> {
    * The value, which becomes the most recent one; `stale` says whether its soft TTL is over. `undefined` is a miss.
    * An entry past its hard TTL is removed, and is a miss.
    */
-  get(key: string): V | undefined {
-    const slot = this.#find(key, this.#hash(key))
+  get(key: string, owner = ''): V | undefined {
+    const slot = this.#find(key, owner, this.#hash(key, owner))
     if (slot === NONE) {
       this.#misses += 1
       return undefined
@@ -188,21 +192,21 @@ export class Lru<V> {
   }
 
   /** As `get`, but changes neither the order nor the statistics, and removes nothing. */
-  peek(key: string): V | undefined {
-    const slot = this.#findLiving(key)
+  peek(key: string, owner = ''): V | undefined {
+    const slot = this.#findLiving(key, owner)
     if (slot === NONE) return undefined
     this.stale = this.#now() >= (this.#floats[slot * FLOATS + SOFT_UNTIL] as number)
     return this.#values[slot]
   }
 
   /** As `peek`: touches nothing. */
-  has(key: string): boolean {
-    return this.#findLiving(key) !== NONE
+  has(key: string, owner = ''): boolean {
+    return this.#findLiving(key, owner) !== NONE
   }
 
   /** As `peek`: touches nothing. */
-  inspect(key: string): LruEntry<V> | undefined {
-    const slot = this.#findLiving(key)
+  inspect(key: string, owner = ''): LruEntry<V> | undefined {
+    const slot = this.#findLiving(key, owner)
     if (slot === NONE) return undefined
     return {
       value: this.#values[slot] as V,
@@ -214,9 +218,8 @@ export class Lru<V> {
 
   /**
    * Stores a value (not `undefined`) as the most recent one, in place of an older one, and evicts from the least recent
-   * end until both bounds hold: first what is the owner's, until it is within its share. (A key has one owner for
-   * as long as it is there.) A value that costs more than there may be is not stored, the older one goes, and the
-   * answer is false. The times are of the injected clock; without them an entry does not age.
+   * end until both bounds hold: first what is the owner's, until it is within its share. A value that costs more than there
+   * may be is not stored, the older one goes, and the answer is false. The times are of the injected clock; without them an entry does not age.
    * Throws a `RangeError` for a cost that is not a whole number of bytes.
    */
   set(
@@ -227,8 +230,8 @@ export class Lru<V> {
     hardUntilMs = Number.POSITIVE_INFINITY,
     ownerName = '',
   ): boolean {
-    const hash = this.#hash(key)
-    let slot = this.#find(key, hash)
+    const hash = this.#hash(key, ownerName)
+    let slot = this.#find(key, ownerName, hash)
     if (cost > this.#maxOwnerBytes || cost > MAX_COST) {
       if (slot !== NONE) {
         this.#remove(slot)
@@ -239,14 +242,14 @@ export class Lru<V> {
     if (cost !== cost >>> 0) throw new RangeError(`cost should be a whole number of bytes, got ${cost}`)
 
     if (slot === NONE) {
-      const owner = this.#hasOwners ? this.#owners.get(ownerName) : undefined
+      const owner = this.#hasShares ? this.#owners.get(ownerName) : undefined
       if (owner?.entries === this.#maxOwnerEntries) {
         this.#remove(owner.last)
         this.#evictedForEntries += 1
       }
       if (this.#size === this.maxEntries && this.#evict()) this.#evictedForEntries += 1
-      slot = this.#insert(key, hash)
-      if (this.#hasOwners) this.#adopt(slot, ownerName)
+      slot = this.#insert(key, ownerName, hash)
+      if (this.#hasShares) this.#adopt(slot, ownerName)
       this.#insertions += 1
     } else {
       this.#addCost(slot, -(this.#costs[slot] as number))
@@ -254,7 +257,7 @@ export class Lru<V> {
     }
     // The entry itself is the most recent one and fits alone, so the evictions never reach it.
     this.#costs[slot] = 0
-    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
     while (owner !== undefined && owner.bytes + cost > this.#maxOwnerBytes) {
       this.#remove(owner.last)
       this.#evictedForBytes += 1
@@ -269,16 +272,16 @@ export class Lru<V> {
   }
 
   /** Puts another value of the same cost and times into an entry that is there; false if none is. Touches nothing. */
-  replace(key: string, value: V): boolean {
-    const slot = this.#findLiving(key)
+  replace(key: string, value: V, owner = ''): boolean {
+    const slot = this.#findLiving(key, owner)
     if (slot === NONE) return false
     this.#values[slot] = value
     return true
   }
 
   /** Whether there was an entry to delete. One that is gone already is fine. */
-  delete(key: string): boolean {
-    const slot = this.#find(key, this.#hash(key))
+  delete(key: string, owner = ''): boolean {
+    const slot = this.#find(key, owner, this.#hash(key, owner))
     if (slot === NONE) return false
     this.#remove(slot)
     this.#deletions += 1
@@ -320,9 +323,13 @@ export class Lru<V> {
   }
 
   /** Mixes after every unit, so that no two keys collide for all seeds. 30 bits are a small integer in every engine. */
-  #hash(key: string): number {
+  #hash(key: string, owner: string): number {
     const multiplier = this.#multiplier
     let hash = this.#seed
+    for (let at = 0; at < owner.length; at += 1) {
+      hash = Math.imul(hash ^ owner.charCodeAt(at), multiplier)
+      hash ^= hash >>> 15
+    }
     for (let at = 0; at < key.length; at += 1) {
       hash = Math.imul(hash ^ key.charCodeAt(at), multiplier)
       hash ^= hash >>> 15
@@ -330,18 +337,21 @@ export class Lru<V> {
     return hash & 0x3fff_ffff
   }
 
-  #find(key: string, hash: number): number {
+  #find(key: string, owner: string, hash: number): number {
     const words = this.#words
     const buckets = this.#buckets
     let slot = buckets[hash & (buckets.length - 1)] as number
-    while (slot !== NONE && (words[slot * WORDS + HASH] !== hash || this.#keys[slot] !== key)) {
+    while (
+      slot !== NONE &&
+      (words[slot * WORDS + HASH] !== hash || this.#keys[slot] !== key || this.#names[slot] !== owner)
+    ) {
       slot = words[slot * WORDS + CHAIN] as number
     }
     return slot
   }
 
-  #findLiving(key: string): number {
-    const slot = this.#find(key, this.#hash(key))
+  #findLiving(key: string, owner: string): number {
+    const slot = this.#find(key, owner, this.#hash(key, owner))
     if (slot === NONE) return NONE
     return this.#now() >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number) ? NONE : slot
   }
@@ -351,7 +361,7 @@ export class Lru<V> {
     if (this.#words[NEXT] === slot) return
     this.#unlink(slot)
     this.#linkFirst(slot)
-    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
     if (owner === undefined || owner.first === slot) return
     this.#unlinkOwned(slot, owner)
     this.#linkOwnedFirst(slot, owner)
@@ -359,7 +369,7 @@ export class Lru<V> {
 
   #addCost(slot: number, cost: number): void {
     this.#bytes += cost
-    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
     if (owner !== undefined) owner.bytes += cost
   }
 
@@ -419,14 +429,16 @@ export class Lru<V> {
   }
 
   /** Links a slot for a key that has none. There is room: fewer than `maxEntries` are held. */
-  #insert(key: string, hash: number): number {
+  #insert(key: string, owner: string, hash: number): number {
     let slot = this.#free
     if (slot !== NONE) {
       this.#free = this.#words[slot * WORDS + NEXT] as number
       this.#keys[slot] = key
+      this.#names[slot] = owner
     } else {
       if (this.#size === this.#capacity) this.#grow()
       slot = this.#keys.push(key) - 1
+      this.#names.push(owner)
       this.#values.push(undefined)
     }
     this.#words[slot * WORDS + HASH] = hash
@@ -447,11 +459,12 @@ export class Lru<V> {
   #remove(slot: number): void {
     this.#unchain(slot)
     this.#unlink(slot)
-    const owner = this.#hasOwners ? this.#ownerOf[slot] : undefined
+    const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
     if (owner !== undefined) this.#disown(slot, owner)
     this.#bytes -= this.#costs[slot] as number
     this.#size -= 1
     this.#keys[slot] = ''
+    this.#names[slot] = ''
     this.#values[slot] = undefined
     this.#words[slot * WORDS + NEXT] = this.#free
     this.#free = slot
@@ -489,6 +502,7 @@ export class Lru<V> {
   #reset(): void {
     this.#allocate(Math.min(FIRST_CAPACITY, this.maxEntries))
     this.#keys = ['']
+    this.#names = ['']
     this.#values = [undefined]
     this.#ownerOf = [undefined]
     this.#owners.clear()
@@ -502,7 +516,7 @@ export class Lru<V> {
     this.#words = new Uint32Array((capacity + 1) * WORDS)
     this.#floats = new Float64Array(this.#words.buffer)
     this.#costs = new Uint32Array(capacity + 1)
-    if (this.#hasOwners) this.#owned = new Uint32Array((capacity + 1) * OWNED_WORDS)
+    if (this.#hasShares) this.#owned = new Uint32Array((capacity + 1) * OWNED_WORDS)
     this.#buckets = new Uint32Array(2 ** Math.ceil(Math.log2(capacity)))
   }
 }

@@ -30,8 +30,8 @@ export interface MemoryStats extends LruStats {
 }
 
 /**
- * What a copy takes besides the text of its key and tags and its encoded item, in resident bytes as `bench/micro/lru.ts
- * cost` measured them with Node 26.10.0 on Linux, x64 (384, 319 and 21).
+ * What a copy takes besides the text of its key and tags and its encoded item, in resident bytes as
+ * `bench/micro/copy-cost.ts` measured them with Node 26.10.0 on Linux, x64 (384, 319 and 21).
  */
 const OVERHEAD = {
   /** The LRU's slot, the copy, its id and the key's string. */
@@ -70,27 +70,26 @@ export class MemoryTier implements CacheTier {
 
   /** A real read: counts a hit or a miss and touches recency. The copy may be past its `freshUntilMs`. */
   get(tenant: string, id: string): Copy | undefined {
-    return this.#copies.get(keyOf(tenant, id))
+    return this.#copies.get(id, tenant)
   }
 
   /** As `get`, but neither counts nor touches recency. */
   peek(tenant: string, id: string): Copy | undefined {
-    return this.#copies.peek(keyOf(tenant, id))
+    return this.#copies.peek(id, tenant)
   }
 
   /** Stores a copy unless the one that is there has a greater as-of. False when it was not stored, being older or too large. */
   set(tenant: string, copy: Copy): boolean {
     if (!this.enabled) return false
-    const key = keyOf(tenant, copy.id)
-    const stored = this.#copies.peek(key)
+    const stored = this.#copies.peek(copy.id, tenant)
     if (stored !== undefined && isNewer(stored, copy)) return false
     // A copy that is still fresh is kept, however short stale answers are allowed to be.
     const hardMs = this.#maxStaleMs * (1 - this.#jitter * this.#random())
     const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + hardMs)
     return this.#copies.set(
-      key,
+      copy.id,
       withOwnBytes(copy),
-      costOf(key, copy),
+      costOf(tenant, copy),
       copy.freshUntilMs,
       hardUntilMs,
       tenant,
@@ -102,15 +101,14 @@ export class MemoryTier implements CacheTier {
    * False when there is no copy, or one that is as new.
    */
   restamp(tenant: string, id: string, asOf: Revision): boolean {
-    const key = keyOf(tenant, id)
-    const stored = this.#copies.peek(key)
+    const stored = this.#copies.peek(id, tenant)
     if (stored === undefined || stored.asOf >= asOf) return false
-    return this.#copies.replace(key, { ...stored, asOf })
+    return this.#copies.replace(id, { ...stored, asOf }, tenant)
   }
 
   /** Whether there was a copy to delete. One that is gone already is fine. */
   delete(tenant: string, id: string): boolean {
-    return this.#copies.delete(keyOf(tenant, id))
+    return this.#copies.delete(id, tenant)
   }
 
   /** Drops the copies of all tenants. */
@@ -155,7 +153,7 @@ export class MemoryTier implements CacheTier {
 
   async inspect(tenant: string, id: string): Promise<Inspection> {
     if (!this.enabled) return { present: false, skipped: 'off' }
-    const entry = this.#copies.inspect(keyOf(tenant, id))
+    const entry = this.#copies.inspect(id, tenant)
     if (entry === undefined) return { present: false }
     const { value: copy, cost, hardUntilMs } = entry
     const nowMs = this.#now()
@@ -181,16 +179,11 @@ function isNewer(stored: Copy, copy: Copy): boolean {
 }
 
 /** What a copy costs in memory, in bytes: its encoded item, key and tags, and the measured overhead. */
-function costOf(key: string, { bytes, tags }: Copy): number {
-  let cost = OVERHEAD.copyBytes + Buffer.byteLength(key)
+function costOf(tenant: string, { id, bytes, tags }: Copy): number {
+  let cost = OVERHEAD.copyBytes + Buffer.byteLength(tenant) + Buffer.byteLength(id)
   if (bytes !== undefined) cost += OVERHEAD.arrayBytes + bytes.byteLength
   for (const tag of tags) cost += OVERHEAD.tagBytes + Buffer.byteLength(tag)
   return cost
-}
-
-/** The length in front keeps every (tenant, id) apart, whatever characters either has. */
-function keyOf(tenant: string, id: string): string {
-  return `${tenant.length}:${tenant}${id}`
 }
 
 /** The copy, with bytes that are not a window into a larger buffer (a driver's), which they would keep alive. */

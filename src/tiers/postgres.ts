@@ -17,7 +17,7 @@ import { Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
 import { encodeItem } from '../codec.ts'
-import { ItemCacheError } from '../errors.ts'
+import { ItemCacheError, itemNotFound } from '../errors.ts'
 import { TIMELINE_SPAN } from '../invalidation/view.ts'
 import { etagOf, floorTags, type ItemDraft, type ItemRecord, type JsonObject, LIMITS } from '../item.ts'
 import { migrate } from './migrate.ts'
@@ -1161,7 +1161,7 @@ function checkPrecondition(
 ): ItemRow | undefined {
   const item = current?.deleted ? undefined : current
   if (item === undefined && !options.allowMissing) {
-    throw new ItemCacheError('not-found', 'the item does not exist', { reason: 'ITEM_NOT_FOUND', id })
+    throw itemNotFound(id)
   }
   if (options.etag !== '' && options.etag !== etagOf(item?.revision ?? 0)) {
     throw new ItemCacheError('conflict', 'the item has changed since the etag was read', {

@@ -14,7 +14,6 @@ import { ItemCacheError } from '../../src/errors.ts'
 import {
   BatchGetItemsResponseSchema,
   CacheOutcome,
-  type CacheStatus,
   CacheStatusSchema,
   CreateItemResponseSchema,
   GetItemResponseSchema,
@@ -24,16 +23,21 @@ import {
   ListItemsResponseSchema,
   SkipReason,
   StaleReason,
+  StreamItemsResponseSchema,
   Tier,
   UpdateItemResponseSchema,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { READ_OUTCOMES, TIER_NAMES } from '../../src/observe/metrics.ts'
 import {
   type BatchResult,
   cacheStatus,
   encodeBatch,
   encodeGetItem,
+  encodeItemError,
   encodeList,
   encodePage,
+  encodeStreamFailure,
+  encodeStreamItem,
   encodeWritten,
   type GetItemResult,
   masked,
@@ -41,8 +45,8 @@ import {
 import type { Answer } from '../../src/service/read.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
 
-const duration = fc.record({
-  seconds: fc.bigInt({ min: 0n, max: 315_576_000_000n }),
+const timestamp = fc.record({
+  seconds: fc.bigInt({ min: 0n, max: 253_402_300_799n }),
   nanos: fc.nat(999_999_999),
 })
 const text = fc.string({ unit: 'binary', maxLength: 20 })
@@ -54,16 +58,37 @@ const oneOf = <T>(values: Readonly<Record<string, T>>) => fc.constantFrom(...Obj
 const partly = <T>(fields: { [K in keyof T]: fc.Arbitrary<T[K]> }) =>
   fc.record<T, never>(fields, { requiredKeys: [] })
 
-const cache: fc.Arbitrary<CacheStatus> = partly({
-  tier: oneOf(Tier),
-  outcome: oneOf(CacheOutcome),
-  staleReason: oneOf(StaleReason),
+/** The reader's clock when the answer is given. */
+const NOW_MS = 1e12
+const time = fc.double({ min: 0, max: 2 * NOW_MS, noNaN: true })
+
+const answer: fc.Arbitrary<Answer> = fc.record({
+  copy: fc.option(
+    fc.record({
+      id: text,
+      asOf: revision,
+      bytes: fc.constant(undefined),
+      revision,
+      tags: fc.constant([]),
+      verifiedAtMs: time,
+      freshUntilMs: time,
+    }),
+    { nil: undefined },
+  ),
+  tier: fc.constantFrom(...TIER_NAMES, undefined),
+  outcome: fc.constantFrom(...READ_OUTCOMES),
+  staleReason: fc.constantFrom('REVALIDATING', 'SOFT_TIMEOUT', 'TIER_DOWN', 'UNVERIFIED', undefined),
   coalesced: fc.boolean(),
-  age: duration,
-  freshFor: duration,
-  skippedTiers: fc.array(fc.record({ tier: oneOf(Tier), reason: oneOf(SkipReason) }), { maxLength: 3 }),
-  asOf: int64,
-}).map((init) => create(CacheStatusSchema, init))
+  skipped: fc.array(
+    fc.record({ tier: fc.constantFrom(...TIER_NAMES), reason: fc.constantFrom('off', 'down', 'timeout') }),
+    { maxLength: 4 },
+  ),
+})
+
+const statusOf = (one: Answer, nowMs = NOW_MS) => fromBinary(CacheStatusSchema, cacheStatus(one, nowMs))
+
+/** What most answers say besides what they found. */
+const origin = (one: Answer) => ({ cache: statusOf(one), revision: BigInt(one.copy?.asOf ?? 0) })
 
 const attributes = fc
   .dictionary(text, fc.jsonValue({ maxDepth: 2, noUnicodeString: false }), { maxKeys: 4 })
@@ -81,8 +106,8 @@ const item: fc.Arbitrary<Item> = partly({
   attributes,
   etag: text,
   revision: int64,
-  createTime: duration,
-  updateTime: duration,
+  createTime: timestamp,
+  updateTime: timestamp,
   source: oneOf(ItemSource),
 }).map((init) => create(ItemSchema, init))
 
@@ -103,20 +128,57 @@ function same<Desc extends DescMessage>(schema: Desc, bytes: Uint8Array, init: M
 }
 
 describe('a response that is put together by hand is the one that the generated code makes', () => {
+  const result = fc.oneof(
+    fc.record({ kind: fc.constant('item' as const), item }),
+    fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
+  )
+
   test('of GetItem', () => {
-    const result = fc.oneof(
-      fc.record({ kind: fc.constant('item' as const), item }),
-      fc.record({ kind: fc.constantFrom('not-modified' as const, 'none' as const) }),
-    )
     fc.assert(
-      fc.property(result, cache, revision, (one, cached, at) => {
+      fc.property(result, answer, (one, from) => {
         const given: GetItemResult = one.kind === 'item' ? { kind: 'item', bytes: encoded(one.item) } : one
-        same(GetItemResponseSchema, encodeGetItem(given, cached, at), {
+        same(GetItemResponseSchema, encodeGetItem(given, from, NOW_MS), {
           ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
           ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
-          cache: cached,
-          revision: BigInt(at),
+          ...origin(from),
         })
+      }),
+    )
+  })
+
+  test('of StreamItems', () => {
+    const notFound = fc.record({ kind: fc.constant('not-found' as const) })
+    const correlation = fc.bigInt({ min: 0n, max: 2n ** 64n - 1n })
+    fc.assert(
+      fc.property(fc.oneof(result, notFound), answer, correlation, (one, from, correlationId) => {
+        const given = one.kind === 'item' ? { kind: one.kind, bytes: encoded(one.item) } : one
+        same(StreamItemsResponseSchema, encodeStreamItem(correlationId, given, from, NOW_MS), {
+          correlationId,
+          ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
+          ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
+          ...(one.kind === 'not-found' && {
+            result: {
+              case: 'error',
+              value: {
+                code: status.NOT_FOUND,
+                reason: 'ITEM_NOT_FOUND',
+                message: 'the item does not exist',
+              },
+            },
+          }),
+          ...origin(from),
+        })
+        same(
+          StreamItemsResponseSchema,
+          encodeStreamFailure(correlationId, new ItemCacheError('timeout', 'late')),
+          {
+            correlationId,
+            result: {
+              case: 'error',
+              value: { code: status.DEADLINE_EXCEEDED, reason: 'TIMEOUT', message: 'late' },
+            },
+          },
+        )
       }),
     )
   })
@@ -146,17 +208,19 @@ describe('a response that is put together by hand is the one that the generated 
     const result = fc.record({
       id: text,
       result: fc.oneof(item, error, fc.constant(undefined)),
-      cache: fc.option(cache, { nil: undefined }),
+      answer: fc.option(answer, { nil: undefined }),
     })
     fc.assert(
       fc.property(fc.array(result, { maxLength: 6 }), (results) => {
         const given = results.map(
-          (one): BatchResult => ({
-            ...one,
-            result: one.result instanceof ItemCacheError || !one.result ? one.result : encoded(one.result),
+          ({ id, result, answer }): BatchResult => ({
+            id,
+            item: result instanceof ItemCacheError || !result ? undefined : encoded(result),
+            error: result instanceof ItemCacheError ? encodeItemError(result) : undefined,
+            answer,
           }),
         )
-        same(BatchGetItemsResponseSchema, encodeBatch(given), {
+        same(BatchGetItemsResponseSchema, encodeBatch(given, NOW_MS), {
           results: results.map((one) => ({
             id: one.id,
             ...(one.result instanceof ItemCacheError
@@ -177,7 +241,7 @@ describe('a response that is put together by hand is the one that the generated 
                   },
                 }
               : one.result && { result: { case: 'item' as const, value: one.result } }),
-            ...(one.cache && { cache: one.cache }),
+            ...(one.answer && { cache: statusOf(one.answer) }),
           })),
         })
       }),
@@ -186,17 +250,13 @@ describe('a response that is put together by hand is the one that the generated 
 
   test('of ListItems', () => {
     fc.assert(
-      fc.property(fc.array(item, { maxLength: 5 }), text, revision, cache, (items, token, at, cached) => {
-        same(
-          ListItemsResponseSchema,
-          encodeList(encodePage({ items: items.map(snapshot), nextPageToken: token }), at, cached),
-          {
-            items,
-            nextPageToken: token,
-            revision: BigInt(at),
-            cache: cached,
-          },
-        )
+      fc.property(fc.array(item, { maxLength: 5 }), text, answer, (items, token, from) => {
+        const page = encodePage({ items: items.map(snapshot), nextPageToken: token })
+        same(ListItemsResponseSchema, encodeList(page, from, NOW_MS), {
+          items,
+          nextPageToken: token,
+          ...origin(from),
+        })
       }),
     )
   })
@@ -239,8 +299,11 @@ describe('the cache status', () => {
     skipped: [],
   }
 
+  const statusOf = (answer: Answer, nowMs: number) =>
+    fromBinary(CacheStatusSchema, cacheStatus(answer, nowMs))
+
   test('tells age, remaining freshness and revision by the reader’s clock', () => {
-    const message = cacheStatus(answer, 3500.25)
+    const message = statusOf(answer, 3500.25)
     expect(message).toMatchObject({
       tier: Tier.MEMORY,
       outcome: CacheOutcome.HIT,
@@ -260,7 +323,7 @@ describe('the cache status', () => {
     ['origin', Tier.ORIGIN],
     [undefined, Tier.UNSPECIFIED],
   ] as const)('names the tier %s', (tier, expected) => {
-    expect(cacheStatus({ ...answer, tier }, 0).tier).toBe(expected)
+    expect(statusOf({ ...answer, tier }, 0).tier).toBe(expected)
   })
 
   test.each([
@@ -270,7 +333,7 @@ describe('the cache status', () => {
     ['NEGATIVE_HIT', CacheOutcome.NEGATIVE_HIT],
     ['BYPASS', CacheOutcome.BYPASS],
   ] as const)('names the outcome %s', (outcome, expected) => {
-    expect(cacheStatus({ ...answer, outcome }, 0).outcome).toBe(expected)
+    expect(statusOf({ ...answer, outcome }, 0).outcome).toBe(expected)
   })
 
   test('says why a stale copy was served, and no remaining freshness', () => {
@@ -279,7 +342,7 @@ describe('the cache status', () => {
       ['REVALIDATING', StaleReason.REVALIDATING],
       ['TIER_DOWN', StaleReason.TIER_DOWN],
     ] as const) {
-      const message = cacheStatus({ ...stale, staleReason }, 90_000)
+      const message = statusOf({ ...stale, staleReason }, 90_000)
       expect(message).toMatchObject({ staleReason: expected, coalesced: true })
       expect(message.freshFor).toBeUndefined()
     }
@@ -291,7 +354,7 @@ describe('the cache status', () => {
       { tier: 'redis', reason: 'timeout' },
       { tier: 'postgres', reason: 'down' },
     ] as const
-    expect(cacheStatus({ ...answer, skipped }, 0).skippedTiers).toMatchObject([
+    expect(statusOf({ ...answer, skipped }, 0).skippedTiers).toMatchObject([
       { tier: Tier.REDIS, reason: SkipReason.OFF },
       { tier: Tier.REDIS, reason: SkipReason.TIMEOUT },
       { tier: Tier.POSTGRES, reason: SkipReason.DOWN },
@@ -299,15 +362,15 @@ describe('the cache status', () => {
   })
 
   test('has no age and no revision when no tier answered', () => {
-    const message = cacheStatus({ ...answer, copy: undefined, tier: undefined, outcome: 'MISS' }, 5000)
+    const message = statusOf({ ...answer, copy: undefined, tier: undefined, outcome: 'MISS' }, 5000)
     expect(message).toMatchObject({ tier: Tier.UNSPECIFIED, asOf: 0n })
     expect(message.age).toBeUndefined()
     expect(message.freshFor).toBeUndefined()
   })
 
   test('never shows a negative time', () => {
-    const message = cacheStatus(answer, 0)
+    const message = statusOf(answer, 0)
     expect(message.age).toMatchObject({ seconds: 0n, nanos: 0 })
-    expect(cacheStatus(answer, 90_000).freshFor).toMatchObject({ seconds: 0n, nanos: 0 })
+    expect(statusOf(answer, 90_000).freshFor).toMatchObject({ seconds: 0n, nanos: 0 })
   })
 })

@@ -12,8 +12,10 @@ interface Held {
   readonly hardUntilMs: number
 }
 
-/** Keys are spread over three owners. */
-const ownerOf = (key: string) => `owner-${(key.codePointAt(key.length - 1) ?? 0) % 3}`
+/** What comes before the last `@` of a key here is the key itself, and what comes after it is its owner. */
+const nameOf = (key: string) => key.slice(0, key.lastIndexOf('@'))
+const ownerOf = (key: string) => key.slice(key.lastIndexOf('@') + 1)
+const OWNERS = ['', 'owner-1', 'owner-2']
 
 class Reference {
   /** From most to least recent. */
@@ -131,7 +133,7 @@ function agree(model: Reference, { lru }: Real): void {
   const living = model.held.filter(({ hardUntilMs }) => model.nowMs < hardUntilMs)
   assert.deepEqual(
     lru.entries(),
-    living.map(({ key, value }) => [key, value]),
+    living.map(({ key, value }) => [nameOf(key), value]),
   )
   const stats = lru.stats()
   assert.deepEqual(stats, model.stats())
@@ -139,7 +141,7 @@ function agree(model: Reference, { lru }: Real): void {
   assert.equal(stats.insertions, entries + evictions.entries + evictions.bytes + expirations + deletions)
   assert.ok(entries <= lru.maxEntries)
   assert.ok(stats.bytes <= lru.maxBytes)
-  for (const owner of ['owner-0', 'owner-1', 'owner-2']) {
+  for (const owner of OWNERS) {
     const held = model.ownedBy(owner)
     assert.ok(held.length <= model.maxOwnerEntries)
     assert.ok(held.reduce((sum, { cost }) => sum + cost, 0) <= model.maxOwnerBytes)
@@ -172,37 +174,37 @@ class Step implements fc.Command<Reference, Real> {
 const get = (key: string) =>
   new Step(`get(${key})`, (model, { lru }) => {
     const expected = model.get(key)
-    assert.equal(lru.get(key), expected?.value)
+    assert.equal(lru.get(nameOf(key), ownerOf(key)), expected?.value)
     if (expected !== undefined) assert.equal(lru.stale, model.nowMs >= expected.softUntilMs)
   })
 
 const look = (key: string) =>
   new Step(`look(${key})`, (model, { lru }) => {
     const expected = model.living(key)
-    assert.equal(lru.has(key), expected !== undefined)
-    assert.equal(lru.peek(key), expected?.value)
+    assert.equal(lru.has(nameOf(key), ownerOf(key)), expected !== undefined)
+    assert.equal(lru.peek(nameOf(key), ownerOf(key)), expected?.value)
     if (expected !== undefined) assert.equal(lru.stale, model.nowMs >= expected.softUntilMs)
     const { key: _, ...inspected } = expected ?? {}
-    assert.deepEqual(lru.inspect(key), expected === undefined ? undefined : inspected)
+    assert.deepEqual(lru.inspect(nameOf(key), ownerOf(key)), expected === undefined ? undefined : inspected)
   })
 
 const set = (key: string, value: number, cost: number, softMs: number, hardMs: number) =>
   new Step(`set(${key}, ${value}, ${cost} B, ${softMs} ms, ${hardMs} ms)`, (model, { lru }) => {
     const [softUntilMs, hardUntilMs] = [model.nowMs + softMs, model.nowMs + hardMs]
     const stored = model.set({ key, value, cost, softUntilMs, hardUntilMs })
-    assert.equal(lru.set(key, value, cost, softUntilMs, hardUntilMs, ownerOf(key)), stored)
+    assert.equal(lru.set(nameOf(key), value, cost, softUntilMs, hardUntilMs, ownerOf(key)), stored)
   })
 
 const replace = (key: string, value: number) =>
   new Step(`replace(${key}, ${value})`, (model, { lru }) => {
     const found = model.living(key)
     model.held = model.held.map((entry) => (entry === found ? { ...entry, value } : entry))
-    assert.equal(lru.replace(key, value), found !== undefined)
+    assert.equal(lru.replace(nameOf(key), value, ownerOf(key)), found !== undefined)
   })
 
 const remove = (key: string) =>
   new Step(`delete(${key})`, (model, { lru }) => {
-    assert.equal(lru.delete(key), model.delete(key))
+    assert.equal(lru.delete(nameOf(key), ownerOf(key)), model.delete(key))
   })
 
 const clear = () =>
@@ -218,8 +220,11 @@ const wait = (ms: number) =>
     clock.ms = model.nowMs
   })
 
-const FEW_KEYS = fc.constantFrom('a', 'b', 'c', 'd', '', '__proto__', 'constructor', '🛒')
-const MANY_KEYS = fc.integer({ min: 0, max: 79 }).map((key) => `key-${key}`)
+const owners = fc.constantFrom(...OWNERS)
+const keysOf = (names: fc.Arbitrary<string>) =>
+  fc.tuple(names, owners).map(([name, owner]) => `${name}@${owner}`)
+const FEW_KEYS = keysOf(fc.constantFrom('a', 'ao', '', '__proto__', '🛒'))
+const MANY_KEYS = keysOf(fc.integer({ min: 0, max: 26 }).map((key) => `key-${key}`))
 
 function commandsOver(keys: fc.Arbitrary<string>, maxCommands: number) {
   const sets = fc

@@ -307,3 +307,11 @@ describe('options', () => {
     expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(1_000_000)
   })
 })
+
+test('two owners may have the same key, also when the hashes of both are the same', () => {
+  // The hash of this seed and multiplier is the same for the same letters in any order.
+  const lru = new Lru<number>({ maxEntries: 10, now: () => 0, random: () => 0 })
+  lru.set('key', 1, 1, 9, 9, 'ab')
+  lru.set('key', 2, 1, 9, 9, 'ba')
+  expect([lru.get('key', 'ab'), lru.get('key', 'ba'), lru.get('key')]).toEqual([1, 2, undefined])
+})

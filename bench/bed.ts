@@ -3,8 +3,7 @@
  * as processes of their own (so that their CPU and memory are theirs alone), and a client that decodes only what
  * a measurement needs.
  */
-import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
-import { once } from 'node:events'
+import type { ChildProcess } from 'node:child_process'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { connect as connectHttp2 } from 'node:http2'
 import { cpus } from 'node:os'
@@ -14,19 +13,23 @@ import { parseArgs } from 'node:util'
 import { create, type DescMethod, fromBinary, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
 import { Client, credentials, Metadata } from '@grpc/grpc-js'
 import pg from 'pg'
-import { startPostgres } from '../../src/embedded/postgres.ts'
-import { startRedis } from '../../src/embedded/redis.ts'
-import { ItemCacheService, type MetricsSnapshot } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
-import { makeRunDirectory } from '../../test/support/run-directory.ts'
+import { startPostgres } from '../src/embedded/postgres.ts'
+import { startRedis } from '../src/embedded/redis.ts'
+import { ItemCacheService, type MetricsSnapshot } from '../src/gen/itemcache/v1/item_cache_pb.ts'
+import { makeRunDirectory } from '../test/support/run-directory.ts'
+import { type Asked, start } from './control.ts'
 
-const ROOT = join(import.meta.dirname, '..', '..')
+const ROOT = join(import.meta.dirname, '..')
 
 export interface Bed extends AsyncDisposable {
   readonly databaseUrl: string
   readonly versions: string
   /** A connection to PostgreSQL, closed with the bed. */
   sql(): Promise<pg.Client>
-  instance(env?: Readonly<Record<string, string>>): Promise<Instance>
+  instance(
+    env?: Readonly<Record<string, string>>,
+    options?: { readonly core?: number | undefined; readonly execArgv?: readonly string[] },
+  ): Promise<Instance>
 }
 
 export interface Instance {
@@ -35,8 +38,11 @@ export interface Instance {
   metrics(): Promise<MetricsSnapshot>
   /** One sample of /metrics; the sum of all that carry the name and the labels. */
   sample(name: string, labels?: string): Promise<number>
-  /** User and system time of the process so far, in milliseconds. */
-  cpuMs(): number
+  /** See `Asked`. */
+  ask<T>(name: string, argument?: unknown): Promise<T>
+  cpuUs(): Promise<number>
+  /** Kills it before the bed is disposed. */
+  stop(): Promise<void>
   residentMb(): number
   readonly client: Client
   call(
@@ -66,12 +72,13 @@ export async function startBed(): Promise<Bed> {
     running.defer(() => client.end())
     return client
   }
-  const instance = async (env: Readonly<Record<string, string>> = {}) => {
-    const child = spawn(process.execPath, [join(ROOT, 'src', 'main.ts')], {
+  const instance: Bed['instance'] = async (env = {}, options = {}) => {
+    const started = start(join(ROOT, 'src', 'main.ts'), {
       cwd: directory.path,
-      stdio: ['ignore', 'pipe', 'inherit'],
+      stdout: 'pipe',
+      core: options.core,
+      execArgv: options.execArgv ?? [],
       env: {
-        ...process.env,
         DATABASE_URL: postgres.url,
         REDIS_URL: redis.url,
         ORIGIN_URL: 'off',
@@ -81,12 +88,11 @@ export async function startBed(): Promise<Bed> {
         ...env,
       },
     })
-    if (child.pid !== undefined) directory.ends(child.pid, 'SIGKILL')
-    running.defer(() => stopped(child))
-    const { grpc, admin } = await banner(child)
+    running.use(started)
+    const { grpc, admin } = await banner(started.child)
     const client = new Client(grpc, credentials.createInsecure())
     running.defer(() => client.close())
-    return newInstance(grpc, admin, child.pid ?? 0, client)
+    return newInstance(grpc, admin, started, client)
   }
   return {
     databaseUrl: postgres.url,
@@ -105,15 +111,8 @@ async function banner(child: ChildProcess): Promise<{ grpc: string; admin: strin
   throw new Error('the service ended before it was ready')
 }
 
-async function stopped(child: ChildProcess): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return
-  child.kill('SIGKILL')
-  await once(child, 'exit')
-}
-
-const TICKS_PER_SECOND = Number(execFileSync('getconf', ['CLK_TCK'], { encoding: 'utf8' }))
-
-function newInstance(address: string, admin: string, pid: number, client: Client): Instance {
+function newInstance(address: string, admin: string, started: Asked, client: Client): Instance {
+  const { pid } = started
   const call: Instance['call'] = (name, request, tenant) => unary(client, name, request, tenant)
   return {
     address,
@@ -137,11 +136,9 @@ function newInstance(address: string, admin: string, pid: number, client: Client
       }
       return sum
     },
-    cpuMs() {
-      const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
-      const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
-      return ((Number(fields[11]) + Number(fields[12])) * 1000) / TICKS_PER_SECOND
-    },
+    ask: started.ask,
+    cpuUs: started.cpuUs,
+    stop: async () => started[Symbol.asyncDispose](),
     residentMb() {
       return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1]) / 1024
     },
@@ -185,25 +182,31 @@ function send(
   return promise
 }
 
-/** A WatchInvalidations stream at the level of HTTP/2: nothing is decoded, and nothing is read unless asked for. */
+/** Streams at the level of HTTP/2, on one connection: nothing is decoded, and nothing is read unless asked for. */
 export interface RawStreams {
   /** Opens one more stream. Without `onMessage` nothing is ever read of it. */
-  open(request: object, onMessage?: (message: Buffer) => void): void
+  open(request: MessageInitShape<typeof watchInput>, onMessage?: (message: Buffer) => void): void
   close(): void
 }
 
-export function rawStreams(address: string, tenant: string): RawStreams {
+const { input: watchInput, name: watchName } = ItemCacheService.method.watchInvalidations
+
+/** Streams of WatchInvalidations, or of another method that takes the same request, or does not look at it. */
+export function rawStreams(
+  address: string,
+  tenant: string,
+  path = `/${ItemCacheService.typeName}/${watchName}`,
+): RawStreams {
   const session = connectHttp2(`http://${address}`)
   session.on('error', () => {})
-  const { input, name } = ItemCacheService.method.watchInvalidations
   return {
     open(request, onMessage) {
-      const message = toBinary(input, create(input, request as MessageInitShape<typeof input>))
+      const message = toBinary(watchInput, create(watchInput, request))
       const prefix = Buffer.alloc(5)
       prefix.writeUInt32BE(message.byteLength, 1)
       const stream = session.request({
         ':method': 'POST',
-        ':path': `/${ItemCacheService.typeName}/${name}`,
+        ':path': path,
         'content-type': 'application/grpc',
         te: 'trailers',
         'x-tenant-id': tenant,
@@ -233,9 +236,24 @@ export async function fill(client: pg.Client, tenant: string, items: number): Pr
   )
 }
 
-export function percentile(values: readonly number[], share: number): number {
-  const sorted = [...values].sort((a, b) => a - b)
-  return sorted[Math.min(sorted.length - 1, Math.ceil(sorted.length * share) - 1)] ?? Number.NaN
+/** Items whose encoded form takes about so many bytes: a catalogue's fields, and a description that fills up the rest. */
+export async function fillItems(
+  client: pg.Client,
+  tenant: string,
+  items: number,
+  bytes: number,
+): Promise<void> {
+  // What the fields besides the description take, with an id of five bytes.
+  const REST = 172
+  await client.query(
+    `INSERT INTO items (tenant, id, title, category, image_uri, price_currency, price_units, price_nanos, rating_rate,
+        rating_count, tags, description)
+      SELECT $1, 'k' || n, 'Stoneware bowl, size ' || n % 100, 'kitchen-' || n % 50,
+        'https://catalogue.example/images/' || n % 1000 || '.svg', 'EUR', 1 + n % 300, 500000000, 4.5, 1 + n % 900,
+        ARRAY['new'], left(repeat('Glazed by hand in small batches, safe in ovens. ', 1 + $3::integer / 40), $3::integer)
+      FROM generate_series(1, $2::integer) AS n`,
+    [tenant, items, bytes - REST],
+  )
 }
 
 export const round = (value: number, digits = 1): number => Number(value.toFixed(digits))

@@ -1,0 +1,149 @@
+/** What is measured, and what it is held against. A case is one run and may give several rows. */
+import type { Measured } from './report.ts'
+
+/** What a row's figure, or its ratio to the peer's, may be. */
+export interface Bound {
+  readonly of: 'ratio' | 'ours'
+  readonly least?: number
+  readonly most?: number
+}
+
+export interface Row {
+  readonly id: string
+  readonly work: string
+  readonly unit: string
+  /** Whose figure it is compared with; `''` where there is nobody. */
+  readonly peer: string
+  readonly target: string
+  /** Undefined: the row is there to be seen. */
+  readonly bound: Bound | undefined
+}
+
+/** How a case is to be run. */
+export interface Run {
+  /** The whole of it instead of what fits into a representative run. */
+  readonly full: boolean
+  progress(line: string): void
+}
+
+export interface Case {
+  readonly name: string
+  readonly rows: readonly Row[]
+  /** Programs that it cannot do without. */
+  readonly needs: readonly ('h2load' | 'ghz')[]
+  /** False: too long for the representative run; it runs when it is named. */
+  readonly representative: boolean
+  load(): Promise<{ readonly run: (run: Run) => Promise<readonly Measured[]> }>
+}
+
+const most = (limit: number): Bound => ({ of: 'ratio', most: limit })
+const least = (limit: number): Bound => ({ of: 'ratio', least: limit })
+const atMost = (limit: number): Bound => ({ of: 'ours', most: limit })
+const BARE = 'bare grpc-js unary handler'
+
+export const CASES: readonly Case[] = [
+  {
+    name: 'get',
+    needs: ['h2load'],
+    representative: true,
+    rows: [
+      {
+        id: 'get',
+        work: 'GetItem, hot, item of 320 bytes: server CPU per call',
+        unit: 'µs',
+        peer: BARE,
+        target: '≤ 1.10 ×',
+        bound: most(1.1),
+      },
+    ],
+    load: () => import('./rpc/get.ts'),
+  },
+  {
+    name: 'stream',
+    needs: ['h2load'],
+    representative: true,
+    rows: [
+      {
+        id: 'stream',
+        work: 'StreamItems, hot: server CPU per look-up',
+        unit: 'µs',
+        peer: BARE,
+        target: '≤ 0.35 ×',
+        bound: most(0.35),
+      },
+    ],
+    load: () => import('./rpc/stream.ts'),
+  },
+  {
+    name: 'batch',
+    needs: ['h2load'],
+    representative: true,
+    rows: [
+      {
+        id: 'batch',
+        work: 'BatchGetItems of 100, hot: server CPU per item',
+        unit: 'µs',
+        peer: BARE,
+        target: '≤ 0.03 ×',
+        bound: most(0.03),
+      },
+    ],
+    load: () => import('./rpc/batch.ts'),
+  },
+  {
+    name: 'watch',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'watch',
+        work: 'WatchInvalidations, 1,000 subscribers: server CPU per delivery',
+        unit: 'µs',
+        peer: 'bare grpc-js stream write',
+        target: '≤ 1.5 ×',
+        bound: most(1.5),
+      },
+      {
+        id: 'watch-cost',
+        work: 'the same',
+        unit: 'µs',
+        peer: '',
+        target: '≤ 5 µs',
+        bound: atMost(5),
+      },
+    ],
+    load: () => import('./rpc/watch.ts'),
+  },
+  {
+    name: 'lru',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'lru-cache',
+        work: 'LRU, get or set, Zipf 0.99, 1,000,000 keys, capacity 100,000: accesses per CPU second',
+        unit: 'M',
+        peer: 'lru-cache',
+        target: '≥ 1.2 ×',
+        bound: least(1.2),
+      },
+      {
+        id: 'lru-fastest',
+        work: 'the same',
+        unit: 'M',
+        peer: 'the fastest of mnemonist, quick-lru, tiny-lru',
+        target: '≥ 1.0 ×',
+        bound: least(1),
+      },
+      {
+        id: 'lru-bytes',
+        work: 'LRU: bytes per entry besides key and value',
+        unit: 'B',
+        peer: 'lru-cache with TTL and size',
+        target: '≤ 1 ×',
+        bound: most(1),
+      },
+    ],
+    load: () => import('./micro/lru.ts'),
+  },
+]

@@ -1,0 +1,250 @@
+/**
+ * Unary calls, from their HTTP/2 streams on. grpc-js makes a writable stream, a deadline timer, metadata in a map and a
+ * dozen closures for each, which a hot read would spend more on than on being read (docs/performance.md). HTTP/2 itself,
+ * connections, TLS, keepalive and all streaming calls are grpc-js' own.
+ *
+ * The protocol: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+ */
+import { constants, type IncomingHttpHeaders, type ServerHttp2Stream } from 'node:http2'
+import { gunzip, inflate } from 'node:zlib'
+import { ItemCacheError } from '../errors.ts'
+import type { Reply } from './service-definition.ts'
+import { type Status, trailersOnly } from './status.ts'
+
+/** A method that is called with one message and answers one. */
+export interface UnaryMethod {
+  readonly maxRequestBytes: number
+  readonly decode: (message: Buffer) => unknown
+  readonly encode: (reply: Reply) => Buffer
+  readonly handle: (call: UnaryCall) => void
+}
+
+/** Who has taken the call in. */
+export interface CallOwner {
+  /** The request is not one. Must answer the call. */
+  reject(error: ItemCacheError): void
+  /** The handler has the request. */
+  delivered(): void
+}
+
+/** A flag, and the length of the message. */
+const PREFIX_BYTES = 5
+
+const RESPONSE_HEADERS = {
+  ':status': constants.HTTP_STATUS_OK,
+  'content-type': 'application/grpc+proto',
+  'grpc-accept-encoding': 'identity,deflate,gzip',
+}
+const WITH_TRAILERS = { waitForTrailers: true }
+const OK_TRAILERS = { 'grpc-status': '0' }
+
+/** One call. It is answered once: what comes after the first answer is ignored. */
+export class UnaryCall {
+  readonly metadata: CallHeaders
+  /** The decoded message. */
+  request: unknown
+  /** The caller went away before it was answered. */
+  cancelled = false
+  readonly #stream: ServerHttp2Stream
+  readonly #method: UnaryMethod
+  readonly #owner: CallOwner
+  readonly #deadlineMs: number
+  /** What has come of the request; more than one chunk in an array. */
+  #received: Buffer | Buffer[] | undefined
+  #receivedBytes = 0
+  /** Of the message; -1: not known yet. */
+  #length = -1
+  #answered = false
+  #whenCancelled: (() => void)[] | undefined
+  #whenClosed: (() => void)[] | undefined
+
+  /** `deadlineMs`: milliseconds since 1970, or `Infinity`. */
+  constructor(
+    stream: ServerHttp2Stream,
+    headers: IncomingHttpHeaders,
+    method: UnaryMethod,
+    owner: CallOwner,
+    deadlineMs: number,
+  ) {
+    this.#stream = stream
+    this.#method = method
+    this.#owner = owner
+    this.#deadlineMs = deadlineMs
+    this.metadata = new CallHeaders(headers)
+  }
+
+  getDeadline(): number {
+    return this.#deadlineMs
+  }
+
+  /** The caller's end of the connection: its address and port. */
+  getPeer(): string {
+    const { remoteAddress, remotePort } = this.#stream.session?.socket ?? {}
+    return remoteAddress === undefined ? 'unknown' : `${remoteAddress}:${remotePort}`
+  }
+
+  /** Told when the caller goes away before it is answered; not when it has gone already. */
+  on(_event: 'cancelled', tell: () => void): this {
+    this.#whenCancelled ??= []
+    this.#whenCancelled.push(tell)
+    return this
+  }
+
+  /** Calls back when the caller has all of the answer, or will never have it; false when that is so already. */
+  whenClosed(then: () => void): boolean {
+    if (this.#stream.destroyed) return false
+    this.#whenClosed ??= []
+    this.#whenClosed.push(then)
+    return true
+  }
+
+  /** A part of the request. */
+  receive(chunk: Buffer): void {
+    if (this.#answered) return
+    if (this.#received === undefined) this.#received = chunk
+    else if (Array.isArray(this.#received)) this.#received.push(chunk)
+    else this.#received = [this.#received, chunk]
+    this.#receivedBytes += chunk.byteLength
+    if (this.#length === -1 && this.#receivedBytes >= PREFIX_BYTES) {
+      this.#length = this.#bytes().readUInt32BE(1)
+      if (this.#length > this.#method.maxRequestBytes) {
+        this.#owner.reject(tooLarge(this.#length, this.#method.maxRequestBytes))
+        return
+      }
+    }
+    if (this.#length !== -1 && this.#receivedBytes > PREFIX_BYTES + this.#length) {
+      this.#owner.reject(notOneMessage('more than one message'))
+    }
+  }
+
+  /** The request is complete. */
+  end(): void {
+    if (this.#answered) return
+    if (this.#receivedBytes < PREFIX_BYTES + Math.max(0, this.#length)) {
+      this.#owner.reject(notOneMessage(this.#receivedBytes === 0 ? 'no message' : 'a part of a message'))
+      return
+    }
+    const bytes = this.#bytes()
+    this.#received = undefined
+    const message = bytes.subarray(PREFIX_BYTES)
+    if (bytes[0] === 0) this.#deliver(message)
+    else this.#unpack(bytes[0] ?? 0, message)
+  }
+
+  /** The stream is closed. */
+  closed(): void {
+    if (!this.#answered) {
+      this.#answered = true
+      this.cancelled = true
+      for (const tell of this.#whenCancelled ?? []) tell()
+    }
+    for (const tell of this.#whenClosed ?? []) tell()
+  }
+
+  reply(reply: Reply): void {
+    if (!this.#mayAnswer()) return
+    const message = this.#method.encode(reply)
+    const framed = Buffer.allocUnsafe(PREFIX_BYTES + message.byteLength)
+    framed[0] = 0
+    framed.writeUInt32BE(message.byteLength, 1)
+    framed.set(message, PREFIX_BYTES)
+    this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
+    this.#stream.once('wantTrailers', sendOk)
+    this.#stream.end(framed)
+  }
+
+  refuse(status: Status): void {
+    if (!this.#mayAnswer()) return
+    this.#stream.respond(trailersOnly(status), { endStream: true })
+  }
+
+  #mayAnswer(): boolean {
+    if (this.#answered) return false
+    this.#answered = true
+    return !this.#stream.destroyed && !this.#stream.closed
+  }
+
+  /** What has come so far, in one piece. */
+  #bytes(): Buffer {
+    if (Array.isArray(this.#received)) this.#received = Buffer.concat(this.#received)
+    return this.#received ?? Buffer.alloc(0)
+  }
+
+  #deliver(message: Buffer): void {
+    this.request = this.#method.decode(message)
+    this.#owner.delivered()
+    this.#method.handle(this)
+  }
+
+  #unpack(flag: number, message: Buffer): void {
+    const [encoding = 'identity'] = this.metadata.get('grpc-encoding')
+    const unpack = UNPACKERS.get(encoding)
+    if (flag !== 1 || encoding === 'identity') this.#owner.reject(badFlag())
+    else if (unpack === undefined) this.#owner.reject(unknownEncoding())
+    else {
+      const options = { maxOutputLength: this.#method.maxRequestBytes }
+      unpack(message, options, (error, unpacked) => this.#unpacked(error, unpacked))
+    }
+  }
+
+  #unpacked(error: Error | null, message: Buffer): void {
+    if (this.#answered) return
+    const { maxRequestBytes } = this.#method
+    if (error === null) this.#deliver(message)
+    else if ('code' in error && error.code === 'ERR_BUFFER_TOO_LARGE') {
+      this.#owner.reject(tooLarge(`more than ${maxRequestBytes}`, maxRequestBytes))
+    } else this.#owner.reject(notPacked(error))
+  }
+}
+
+const UNPACKERS = new Map([
+  ['gzip', gunzip],
+  ['deflate', inflate],
+])
+
+function sendOk(this: ServerHttp2Stream): void {
+  this.sendTrailers(OK_TRAILERS)
+}
+
+/** The metadata of a call, as far as anybody here asks for it: the values of one key. */
+export class CallHeaders {
+  readonly #headers: IncomingHttpHeaders
+
+  constructor(headers: IncomingHttpHeaders) {
+    this.#headers = headers
+  }
+
+  /** `key` in small letters. */
+  get(key: string): readonly string[] {
+    const value = this.#headers[key]
+    return value === undefined ? NO_VALUES : typeof value === 'string' ? [value] : value
+  }
+}
+
+const NO_VALUES: readonly string[] = []
+
+const notOneMessage = (what: string) =>
+  new ItemCacheError('unimplemented', `the request holds ${what}, where the method takes one`, {
+    reason: 'NOT_ONE_MESSAGE',
+  })
+
+const tooLarge = (bytes: number | string, maxBytes: number) =>
+  new ItemCacheError('exhausted', `the message has ${bytes} bytes, of at most ${maxBytes}`, {
+    reason: 'MESSAGE_TOO_LARGE',
+  })
+
+const badFlag = () =>
+  new ItemCacheError('internal', 'the message says that it is compressed, and the call that it is not', {
+    reason: 'MALFORMED_MESSAGE',
+  })
+
+const unknownEncoding = () =>
+  new ItemCacheError('unimplemented', 'grpc-encoding: must be identity, gzip or deflate', {
+    reason: 'ENCODING_UNSUPPORTED',
+  })
+
+const notPacked = (cause: unknown) =>
+  new ItemCacheError('internal', 'the message could not be decompressed', {
+    reason: 'MALFORMED_MESSAGE',
+    cause,
+  })

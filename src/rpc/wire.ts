@@ -1,0 +1,133 @@
+/** The protobuf wire format, as far as answers are put together by hand: https://protobuf.dev/programming-guides/encoding */
+
+const VARINT = 0
+const LENGTH_DELIMITED = 2
+
+/** What an integer takes at most, with its tag. */
+export const NUMBER_BYTES = 1 + 10
+/** What comes before anything else takes at most. */
+export const HEADER_BYTES = 1 + 5
+/** What a UTF-16 code unit takes at most. */
+export const MAX_UTF8_BYTES = 3
+
+/**
+ * Writes fields, 1 to 15 of a message, into a buffer that must be made large enough: it costs a sixth of what a writer costs
+ * that grows. Values are not left out when they are zero.
+ */
+export class FieldWriter {
+  readonly #bytes: Buffer
+  #at = 0
+
+  constructor(maxBytes: number) {
+    this.#bytes = Buffer.allocUnsafe(maxBytes)
+  }
+
+  /** An integer, 0 to 2^53 - 1, an enum or a bool. */
+  number(field: number, value: number): this {
+    this.#bytes[this.#at++] = (field << 3) | VARINT
+    this.#varint(value)
+    return this
+  }
+
+  uint64(field: number, value: bigint): this {
+    if (value <= Number.MAX_SAFE_INTEGER) return this.number(field, Number(value))
+    this.#bytes[this.#at++] = (field << 3) | VARINT
+    let rest = value
+    for (; rest > 0x7fn; rest >>= 7n) this.#bytes[this.#at++] = Number(rest & 0x7fn) | 0x80
+    this.#bytes[this.#at++] = Number(rest)
+    return this
+  }
+
+  bytes(field: number, value: Uint8Array): this {
+    this.header(field, value.byteLength)
+    this.#bytes.set(value, this.#at)
+    this.#at += value.byteLength
+    return this
+  }
+
+  string(field: number, value: string): this {
+    const length = utf8Bytes(value)
+    this.header(field, length)
+    if (length !== value.length) this.#bytes.write(value, this.#at)
+    else for (let i = 0; i < length; i++) this.#bytes[this.#at + i] = value.charCodeAt(i)
+    this.#at += length
+    return this
+  }
+
+  /** What another writer has written, as a message. */
+  message(field: number, other: FieldWriter): this {
+    const { length } = other
+    this.header(field, length)
+    for (let i = 0; i < length; i++) this.#bytes[this.#at + i] = other.#bytes[i] ?? 0
+    this.#at += length
+    return this
+  }
+
+  /** Begins a message that will be shorter than 128 bytes. */
+  begin(field: number): number {
+    this.#bytes[this.#at++] = (field << 3) | LENGTH_DELIMITED
+    return this.#at++
+  }
+
+  /** Ends the message of that `begin`. */
+  end(begun: number): void {
+    this.#bytes[begun] = this.#at - begun - 1
+  }
+
+  /** What comes before a message of so many bytes. */
+  header(field: number, length: number): this {
+    this.#bytes[this.#at++] = (field << 3) | LENGTH_DELIMITED
+    this.#varint(length)
+    return this
+  }
+
+  /** Fields that are encoded already. */
+  raw(fields: Uint8Array): this {
+    this.#bytes.set(fields, this.#at)
+    this.#at += fields.byteLength
+    return this
+  }
+
+  get length(): number {
+    return this.#at
+  }
+
+  /** To be written anew, which changes what `finish` has returned. */
+  clear(): void {
+    this.#at = 0
+  }
+
+  /** What has been written: a window into the buffer. */
+  finish(): Uint8Array {
+    return this.#bytes.subarray(0, this.#at)
+  }
+
+  #varint(value: number): void {
+    let rest = value
+    while (rest > 0x7fff_ffff) {
+      this.#bytes[this.#at++] = (rest % 128) | 0x80
+      rest = Math.floor(rest / 128)
+    }
+    while (rest > 0x7f) {
+      this.#bytes[this.#at++] = (rest & 0x7f) | 0x80
+      rest >>>= 7
+    }
+    this.#bytes[this.#at++] = rest
+  }
+}
+
+/** What a field of so many bytes takes, with its tag and length. */
+export function fieldBytes(length: number): number {
+  return 1 + varintBytes(length) + length
+}
+
+/** How many bytes a text takes. Texts are short here, and mostly ASCII: that is seen sooner than anybody is asked. */
+export function utf8Bytes(text: string): number {
+  for (let i = 0; i < text.length; i++) if (text.charCodeAt(i) > 0x7f) return Buffer.byteLength(text)
+  return text.length
+}
+
+/** How many bytes an integer below 2^35 takes. */
+export function varintBytes(value: number): number {
+  return value < 2 ** 7 ? 1 : value < 2 ** 14 ? 2 : value < 2 ** 21 ? 3 : value < 2 ** 28 ? 4 : 5
+}
