@@ -19,8 +19,8 @@ beforeAll(() => {
 })
 afterAll(() => held.disposeAsync())
 
-function cluster(name: string): Promise<Cluster> {
-  return startCluster({ directory, name, cacheDir: inject('redisCache'), replicas: 1 })
+function cluster(name: string, nodeTimeoutMs: number): Promise<Cluster> {
+  return startCluster({ directory, name, cacheDir: inject('redisCache'), replicas: 1, nodeTimeoutMs })
 }
 
 /** Instances that hold few copies themselves, so that Redis is asked all the time. */
@@ -55,7 +55,7 @@ test('a cluster that loses a primary under load: no read fails, none is stale, a
   timeout: 180_000,
 }, async () => {
   await using started = new AsyncDisposableStack()
-  const redis = started.use(await cluster('loaded'))
+  const redis = started.use(await cluster('loaded', 3_000))
   const database = started.use(await freshDatabase())
   const instances = await Promise.all(
     ['one', 'two'].map(async (name) => started.use(await startInstance(name, database.url, redis.url))),
@@ -113,7 +113,7 @@ test('writes that a failover of Redis loses make no answer stale: the old copies
   timeout: 180_000,
 }, async () => {
   await using started = new AsyncDisposableStack()
-  const redis = started.use(await cluster('quiet'))
+  const redis = started.use(await cluster('quiet', 15_000))
   const database = started.use(await freshDatabase())
   const one = started.use(await startInstance('three', database.url, redis.url))
   // Nobody but the test writes and reads here.
@@ -141,6 +141,8 @@ test('writes that a failover of Redis loses make no answer stale: the old copies
   for (const id of ids) await load.write(id, 0)
 
   await primary.kill()
+  // It need not wait until the others agree that the primary has failed.
+  await replica.client.call('CLUSTER', 'FAILOVER', 'TAKEOVER')
   await expect.poll(() => roleOf(replica)).toBe('master')
   const refused = () => metricOf(one.admin, /^itemcache_redis_copies_refused/)
   const refusedBefore = await refused()

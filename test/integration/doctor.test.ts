@@ -218,7 +218,12 @@ describe('a Redis', () => {
   })
 
   test('of three primaries without replicas, one of which is dead, is told both', async () => {
-    await using cluster = await startCluster({ directory, name: 'doctor', cacheDir: inject('redisCache') })
+    await using cluster = await startCluster({
+      directory,
+      name: 'doctor',
+      cacheDir: inject('redisCache'),
+      nodeTimeoutMs: 2_000,
+    })
     const whole = await examined({ REDIS_URL: cluster.url })
     expect(whole.of('redis.cluster')).toMatchObject([{ verdict: 'ok' }])
     expect(whole.of('redis.replicas')).toMatchObject([{ verdict: 'warning' }])

@@ -33,7 +33,7 @@ beforeAll(async () => {
   const cluster = cleanup.use(await startCluster({ directory, cacheDir: inject('redisCache') }))
   nodes = cluster.nodes
   const { url } = cluster
-  tier = cleanup.use(new RedisTier({ url, prefix: 'test', now, random: () => 0.5, commandTimeoutMs: 2_000 }))
+  tier = cleanup.use(new RedisTier({ url, prefix: 'test', now, random: () => 0.5, commandTimeoutMs: 20_000 }))
   expect(await tier.settled()).toBe('ready')
 })
 
@@ -129,7 +129,7 @@ test('a node that dies costs quick misses for its items only, until it is back',
     )
     return (await tier.read('t', ids)).copies.size === 60
   })
-}, 20_000)
+}, 180_000)
 
 test('a cluster that is gone altogether is a miss, and is found again', async () => {
   await Promise.all(nodes.map((node) => node.kill()))
@@ -142,4 +142,4 @@ test('a cluster that is gone altogether is a miss, and is found again', async ()
     await tier.store('t', [copyOf('1')])
     return (await tier.read('t', ['1'])).copies.size === 1
   })
-}, 20_000)
+}, 180_000)

@@ -42,7 +42,7 @@ export async function startCluster({
   cacheDir,
   primaries: count = 3,
   replicas: each = 0,
-  nodeTimeoutMs = 1_000,
+  nodeTimeoutMs = 5_000,
   settings = [],
 }: ClusterOptions): Promise<Cluster> {
   await using started = new AsyncDisposableStack()
