@@ -23,6 +23,7 @@ const ROOT = join(import.meta.dirname, '..')
 
 export interface Bed extends AsyncDisposable {
   readonly databaseUrl: string
+  readonly redisUrl: string
   readonly versions: string
   /** A connection to PostgreSQL, closed with the bed. */
   sql(): Promise<pg.Client>
@@ -96,6 +97,7 @@ export async function startBed(): Promise<Bed> {
   }
   return {
     databaseUrl: postgres.url,
+    redisUrl: redis.url,
     versions: `node ${process.version}, PostgreSQL ${postgres.version}, ${redis.version}, ${cpus().length} cores of ${cpus()[0]?.model ?? '?'}`,
     sql,
     instance,

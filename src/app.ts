@@ -16,6 +16,7 @@ import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
 import { Unsent } from './rpc/unsent.ts'
+import { MAX_FLIGHTS } from './service/flights.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -91,7 +92,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const { log, progress = () => {}, now = () => performance.now(), random = Math.random } = options
   const { ttl, timeouts, pools, bounds } = config
   await using started = new AsyncDisposableStack()
-  const metrics = new Metrics({ methods: RPC_METHODS })
+  const metrics = new Metrics({ methods: RPC_METHODS, maxTenants: config.metricsTenants })
   // First, since these are mistakes of the operator's that need no server to be found.
   const auth = startAuth(config.auth, { log })
   const tls = config.tls && new TlsCredentials(config.tls, log)
@@ -136,6 +137,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
     ...config.breaker,
     onStateChange: (state: BreakerState, shard: string) => {
+      metrics.breakerChanges[tier][state]++
       const which = { tier, breaker: state, ...(shard !== '' && { shard }) }
       if (state === 'CLOSED') log.info(which, 'the circuit breaker is closed')
       else log.warn(which, 'the circuit breaker is not closed')
@@ -220,7 +222,13 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   metrics.tiers.origin.breaker = () => origin?.state
 
   const rateLimit =
-    config.rateLimit && new RateLimit({ ...config.rateLimit, maxTenants: bounds.tenants, now })
+    config.rateLimit &&
+    new RateLimit({
+      ...config.rateLimit,
+      maxTenants: bounds.tenants,
+      now,
+      onRefused: (tenant) => metrics.tenant(tenant).rateLimited++,
+    })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
   const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
@@ -234,6 +242,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     failureTtlMs: ttl.failureMs,
     lockTtlMs: timeouts.lockMs,
     earlyRefresh: ttl.earlyRefresh,
+    // Of the connections for reads two are left for others.
+    largeReads: Math.max(1, Math.ceil(pools.postgres / 2) - 2),
     rolloutPercent: config.rolloutPercent,
     now,
     random,
@@ -249,7 +259,25 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     started.use(
       await startAdmin({
         ...config.admin,
-        metrics: prometheusText(metrics, config.version),
+        metrics: prometheusText(metrics, config.version, {
+          ready: () => isServing() && !draining,
+          up: () => ({ ...(connected && { redis: connected.state === 'ready' }), postgres: postgresAnswers }),
+          memory: config.memory,
+          heldMax: {
+            calls: config.grpc.maxCalls,
+            open_answers: config.grpc.maxCalls,
+            streams: 2 * config.grpc.maxCalls,
+            unsent_bytes: config.grpc.maxAnswerMemoryBytes,
+            flights: MAX_FLIGHTS,
+            waiting_reads: pools.postgresQueue,
+            waiting_writes: pools.postgresQueue,
+            rings: bounds.tenants,
+          },
+          logHeardAgeMs: () => tail.heardAgeMs(),
+          postgres: () => postgres.stats,
+          redis: connected && { counters: connected.counters, servers: () => connected.servers() },
+          certificateEndsAtMs: () => tls?.endsAtMs,
+        }),
         ready: async () => ({
           ready: isServing() && !draining,
           detail: {

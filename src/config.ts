@@ -158,6 +158,8 @@ export interface Config {
   readonly retention: { readonly maxAgeMs: number; readonly maxRows: number }
   /** 0: the probe is off. */
   readonly probeOneIn: number
+  /** How many tenants the metrics count by name. */
+  readonly metricsTenants: number
 }
 
 /** One mistake. `value` is what was found, shown safely: quoted, shortened, without passwords. */
@@ -872,6 +874,14 @@ const TABLE = {
     description: 'One in so many cache hits is compared with PostgreSQL behind the answer; 0: none.',
     parse: count(0, 1_000_000_000),
   },
+  metricsTenants: {
+    name: 'ITEMCACHE_METRICS_TENANTS',
+    group: LIMITS,
+    default: '20',
+    description:
+      'Most tenants that the metrics count by name, the first that call; the others are counted together, as other.',
+    parse: count(0, 1000),
+  },
 } as const satisfies Record<string, Variable>
 
 type Values = { readonly [K in keyof typeof TABLE]: ReturnType<(typeof TABLE)[K]['parse']> }
@@ -1040,6 +1050,7 @@ function build(values: Values, cwd: string): Config {
     },
     retention: { maxAgeMs: values.retention, maxRows: values.retentionRows },
     probeOneIn: values.probeOneIn,
+    metricsTenants: values.metricsTenants,
   }
 }
 

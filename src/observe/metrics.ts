@@ -7,6 +7,7 @@
  * answered (`countRead`); the counters of a tier count every look-up in it, so that one read that PostgreSQL answers
  * is also a miss of memory and of Redis.
  */
+import type { ItemCacheError } from '../errors.ts'
 import type { BreakerState } from '../tiers/guard.ts'
 import type { TierName } from '../tiers/tier.ts'
 
@@ -205,6 +206,44 @@ export class LatencyHistogram {
   }
 }
 
+/** Upper bounds in bytes, of the size histograms of gRPC's OpenTelemetry metrics. */
+export const SIZE_BOUNDS: readonly number[] = [
+  0,
+  ...[0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22].map((i) => 1024 * 2 ** i),
+]
+
+/** Sizes in bytes, in the buckets that `SIZE_BOUNDS` ends and one for all that is larger. */
+export class SizeHistogram {
+  readonly #buckets = new Float64Array(SIZE_BOUNDS.length + 1)
+  #count = 0
+  #sum = 0
+
+  get count(): number {
+    return this.#count
+  }
+
+  get sum(): number {
+    return this.#sum
+  }
+
+  record(bytes: number): void {
+    let index = 0
+    while (bytes > (SIZE_BOUNDS[index] ?? Number.POSITIVE_INFINITY)) index++
+    this.#buckets[index] = (this.#buckets[index] ?? 0) + 1
+    this.#count++
+    this.#sum += bytes
+  }
+
+  /** For each of `SIZE_BOUNDS` how many values were at most that. */
+  countsAtMost(): number[] {
+    let sum = 0
+    return SIZE_BOUNDS.map((_, index) => {
+      sum += this.#buckets[index] ?? 0
+      return sum
+    })
+  }
+}
+
 /** The first 16 buckets are one unit wide, every following 16 twice as wide as the 16 before. */
 function bucketOf(ms: number): number {
   const scaled = ms * UNITS_PER_MS
@@ -251,35 +290,45 @@ export class TierMetrics {
   }
 }
 
+/** What is counted of the calls of one method that ended with one status. */
+export class EndedCalls {
+  readonly latency = new LatencyHistogram()
+  /** Bytes of all messages of a call, without the framing of gRPC. */
+  readonly sent = new SizeHistogram()
+  readonly received = new SizeHistogram()
+}
+
 /** What is counted of one gRPC method. A handler asks for it once (`Metrics.rpc`) and keeps it. */
 export class RpcMetrics {
   readonly method: string
   started = 0
-  readonly #byStatus = new Map<StatusName, LatencyHistogram>()
+  readonly #byStatus = new Map<StatusName, EndedCalls>()
 
   constructor(method: string) {
     this.method = method
   }
 
-  /** The latencies of the finished calls, by status; statuses that never occurred are absent. */
-  get byStatus(): ReadonlyMap<StatusName, LatencyHistogram> {
+  /** The finished calls by status; statuses that never occurred are absent. */
+  get byStatus(): ReadonlyMap<StatusName, EndedCalls> {
     return this.#byStatus
   }
 
-  /** A call that was `started` has ended after `ms` milliseconds. */
-  finish(status: StatusName, ms: number): void {
-    let latency = this.#byStatus.get(status)
-    if (latency === undefined) {
-      latency = new LatencyHistogram()
-      this.#byStatus.set(status, latency)
+  /** A call that was `started` has ended after `ms` milliseconds, and so many bytes of messages. */
+  finish(status: StatusName, ms: number, sentBytes = 0, receivedBytes = 0): void {
+    let ended = this.#byStatus.get(status)
+    if (ended === undefined) {
+      ended = new EndedCalls()
+      this.#byStatus.set(status, ended)
     }
-    latency.record(ms)
+    ended.latency.record(ms)
+    ended.sent.record(sentBytes)
+    ended.received.record(receivedBytes)
   }
 
   snapshot(withBuckets = false): RpcSnapshot {
     const all = new LatencyHistogram()
     const finished: Partial<Record<StatusName, number>> = {}
-    for (const [status, latency] of this.#byStatus) {
+    for (const [status, { latency }] of this.#byStatus) {
       finished[status] = latency.count
       all.add(latency)
     }
@@ -294,7 +343,32 @@ export interface MetricsOptions {
   readonly methods: readonly string[]
   /** The wall clock: milliseconds since 1970. Default: `Date.now`. */
   readonly now?: () => number
+  /** Tenants that are counted by name, the first that call; all others count as `other`. Default: 0. */
+  readonly maxTenants?: number
 }
+
+/** Why calls are refused with RESOURCE_EXHAUSTED. */
+export const REFUSAL_REASONS = [
+  'RATE_LIMITED',
+  'TOO_MANY_CALLS',
+  'TOO_MUCH_UNSENT',
+  'TOO_MUCH_IN_FLIGHT',
+  'TOO_MANY_WATCHERS',
+  'LOADS_BUSY',
+  'POSTGRES_BUSY',
+  'ORIGIN_BUSY',
+  'ITEM_TOO_LARGE',
+  'MESSAGE_TOO_LARGE',
+] as const
+
+/** What is counted of one tenant. */
+export class TenantMetrics {
+  /** Calls, those that were refused and look-ups of streams included. */
+  calls = 0
+  rateLimited = 0
+}
+
+const OTHER = 'other'
 
 /** All counters of one running service. */
 export class Metrics {
@@ -314,6 +388,17 @@ export class Metrics {
   refreshesOk = 0
   refreshesFailed = 0
   invalidationsApplied = 0
+  /** Calls and look-ups of streams that ended with INTERNAL: bugs. */
+  internalErrors = 0
+  /** Why stale copies were served. */
+  readonly staleReads = { REVALIDATING: 0, SOFT_TIMEOUT: 0, TIER_DOWN: 0, UNVERIFIED: 0 }
+  /** How often a tier's breaker has entered a state. */
+  readonly breakerChanges: Readonly<Record<TierName, Record<BreakerState, number>>> = {
+    memory: { CLOSED: 0, HALF_OPEN: 0, OPEN: 0 },
+    redis: { CLOSED: 0, HALF_OPEN: 0, OPEN: 0 },
+    postgres: { CLOSED: 0, HALF_OPEN: 0, OPEN: 0 },
+    origin: { CLOSED: 0, HALF_OPEN: 0, OPEN: 0 },
+  }
   /** Copies from Redis that the rule refused. */
   refusedRedisCopies = 0
   /** How long reads took that went through the caches, and those of keys that ITEMCACHE_ROLLOUT_PERCENT leaves out. */
@@ -334,11 +419,16 @@ export class Metrics {
   gapsSent = 0
 
   readonly #rpcs = new Map<string, RpcMetrics>()
-  readonly #otherRpcs = new RpcMetrics('other')
+  readonly #otherRpcs = new RpcMetrics(OTHER)
+  readonly #tenants = new Map<string, TenantMetrics>()
+  readonly #otherTenants = new TenantMetrics()
+  readonly #maxTenants: number
+  readonly #refusals = new Map<string, number>(REFUSAL_REASONS.map((reason) => [reason, 0]))
   readonly #now: () => number
 
-  constructor({ methods, now = Date.now }: MetricsOptions) {
+  constructor({ methods, now = Date.now, maxTenants = 0 }: MetricsOptions) {
     this.#now = now
+    this.#maxTenants = maxTenants
     this.startTimeMs = now()
     for (const method of methods) this.#rpcs.set(bare(method), new RpcMetrics(bare(method)))
   }
@@ -351,6 +441,33 @@ export class Metrics {
   /** The counters of a method by its full name, with or without the leading slash. */
   rpc(method: string): RpcMetrics {
     return this.#rpcs.get(bare(method)) ?? this.#otherRpcs
+  }
+
+  /** The counters of a tenant by its name, while there are not too many of them. */
+  tenant(name: string): TenantMetrics {
+    if (this.#maxTenants === 0) return this.#otherTenants
+    const known = this.#tenants.get(name)
+    if (known !== undefined) return known
+    if (this.#tenants.size >= this.#maxTenants || name === OTHER) return this.#otherTenants
+    const added = new TenantMetrics()
+    this.#tenants.set(name, added)
+    return added
+  }
+
+  /** The tenants that are counted by name, then `other`. */
+  get tenants(): readonly (readonly [string, TenantMetrics])[] {
+    return [...this.#tenants, [OTHER, this.#otherTenants]]
+  }
+
+  /** A call, or a look-up of a stream, has failed: counts the failures that operators want to know about. */
+  countFailure({ code, reason }: ItemCacheError): void {
+    if (code === 'internal') this.internalErrors++
+    else if (code === 'exhausted') this.#refusals.set(reason, (this.#refusals.get(reason) ?? 0) + 1)
+  }
+
+  /** Calls that were refused with RESOURCE_EXHAUSTED, by reason. */
+  get refusals(): ReadonlyMap<string, number> {
+    return this.#refusals
   }
 
   /** One read was answered by `tier`. */

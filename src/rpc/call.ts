@@ -15,10 +15,10 @@ import {
 } from './auth.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
-import { Malformed, type Reply } from './service-definition.ts'
+import { Malformed, type Reply, wireBytes } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
 import type { UnaryMethod } from './unary-call.ts'
-import { tooMuchUnsent, type Unsent, weightInStream, weightOf } from './unsent.ts'
+import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
 export interface CallFrame {
@@ -138,6 +138,7 @@ export function admitted(frame: CallFrame, method: string, call: AnyCall): Ident
   }
   const admit = (identity: Identity): Identity => {
     authorize(method, identity)
+    frame.metrics.tenant(identity.tenant).calls++
     frame.rateLimit?.take(identity.tenant)
     return identity
   }
@@ -164,6 +165,7 @@ export function unary<Request>(
   }
   return (call) => {
     const account = new Account(frame, rpc, method)
+    account.receivedBytes = call.messageBytes
     let context: CallContext | undefined
     const refuse = (error: unknown) => call.refuse(account.fail(context, error))
     const send = (reply: Reply) => {
@@ -172,6 +174,7 @@ export function unary<Request>(
       // What has been written is acknowledged in any case.
       if (!writes && !frame.unsent.hasRoomFor(weight, tenant)) return refuse(tooMuchUnsent())
       frame.unsent.addUntilClosed(weight, tenant, call)
+      account.sentBytes = reply.byteLength
       account.finish(context, status.OK)
       call.reply(reply)
     }
@@ -213,6 +216,7 @@ export function serverStream<Request>(
   const rpc = frame.metrics.rpc(method)
   return (call) => {
     const account = new Account(frame, rpc, method)
+    account.receivedBytes = wireBytes(call.request)
     const gone = new AbortController()
     const leave = () => gone.abort(whyGone(call))
     call.on('cancelled', leave)
@@ -233,6 +237,7 @@ export function serverStream<Request>(
           if (!frame.unsent.hasRoomFor(weight, identity.tenant)) throw tooMuchUnsent()
           frame.unsent.add(weight, identity.tenant)
           try {
+            account.sentBytes += reply.byteLength
             await flushed(call, reply, signal)
           } finally {
             frame.unsent.release(weight, identity.tenant)
@@ -334,12 +339,13 @@ export function lookUpStream<Request>(
     }
     const answer = (reply: Reply) => {
       if (over) return
-      const weight = weightInStream(reply)
+      const weight = reply.byteLength
       const tenant = context?.tenant ?? ''
       if (!frame.unsent.hasRoomFor(weight, tenant)) return fail(tooMuchUnsent())
       frame.unsent.add(weight, tenant)
       unsentBytes += weight
       unsent++
+      account.sentBytes += reply.byteLength
       full = !call.write(reply, () => {
         unsent--
         if (over) return
@@ -384,6 +390,7 @@ export function lookUpStream<Request>(
       if (over) return forgetCredential()
       call.on('data', (message: Request | Malformed) => {
         if (over) return
+        account.receivedBytes += wireBytes(message)
         const patience = new LookUpTime(gone.signal, frame.maxDeadlineMs)
         try {
           const reply = handler(wellFormed(message), known, () => patience.signal)
@@ -450,6 +457,9 @@ class Account {
   readonly #rpc: RpcMetrics
   readonly #method: string
   readonly #startedMs: number
+  /** Of messages, the framing left out. */
+  sentBytes = 0
+  receivedBytes = 0
 
   constructor(frame: CallFrame, rpc: RpcMetrics, method: string) {
     this.#frame = frame
@@ -464,6 +474,7 @@ class Account {
     const known = toItemCacheError(error, (reference, cause) => {
       this.#frame.log.error({ reference, method: this.#method, err: cause }, 'internal error')
     })
+    this.#frame.metrics.countFailure(known)
     const failure = toStatus(known, context?.cache)
     this.finish(context, failure.code, known)
     return failure
@@ -472,7 +483,7 @@ class Account {
   finish(context: CallContext | undefined, code: status, error?: ItemCacheError): void {
     context?.end()
     const durationMs = this.#frame.now() - this.#startedMs
-    this.#rpc.finish(codeName(code), durationMs)
+    this.#rpc.finish(codeName(code), durationMs, this.sentBytes, this.receivedBytes)
     this.#frame.metrics.openCalls--
     if (!this.#frame.log.isLevelEnabled('debug')) return
     this.#frame.log.debug(

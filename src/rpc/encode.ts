@@ -11,7 +11,15 @@ import type { Answer } from '../service/read.ts'
 import type { SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
 import { cut, type ItemMask } from './field-mask.ts'
 import { codeOf } from './status.ts'
-import { FieldWriter, fieldBytes, HEADER_BYTES, MAX_UTF8_BYTES, NUMBER_BYTES, utf8Bytes } from './wire.ts'
+import {
+  FieldWriter,
+  type Framed,
+  fieldBytes,
+  HEADER_BYTES,
+  MAX_UTF8_BYTES,
+  NUMBER_BYTES,
+  utf8Bytes,
+} from './wire.ts'
 
 export const TIERS: Readonly<Record<TierName, Tier>> = {
   memory: Tier.MEMORY,
@@ -26,12 +34,16 @@ export const SKIP_REASONS: Readonly<Record<DomainSkipReason, SkipReason>> = {
   timeout: SkipReason.TIMEOUT,
 }
 
+/** No function here is called while another one writes. */
+const WRITER = new FieldWriter()
+const STATUS = new FieldWriter()
+
 /** No encoded `CacheStatus` is longer, so that its length is one byte. */
 const CACHE_STATUS_BYTES = 127
 
 /** Where an answer came from: an encoded `CacheStatus`. `nowMs` is the reader's clock. */
 export function cacheStatus(answer: Answer, nowMs: number): Uint8Array {
-  const writer = new FieldWriter(CACHE_STATUS_BYTES)
+  const writer = STATUS.start(CACHE_STATUS_BYTES)
   putCacheStatus(writer, answer, nowMs)
   return writer.finish()
 }
@@ -76,9 +88,9 @@ export type GetItemResult =
   | { readonly kind: 'none' }
 
 /** A `GetItemResponse`. `nowMs` is the reader's clock. */
-export function encodeGetItem(result: GetItemResult, answer: Answer, nowMs: number): Uint8Array {
+export function encodeGetItem(result: GetItemResult, answer: Answer, nowMs: number): Framed {
   const itemBytes = result.kind === 'item' ? result.bytes.byteLength : 0
-  const writer = new FieldWriter(fieldBytes(itemBytes) + SHORT_BYTES)
+  const writer = WRITER.start(fieldBytes(itemBytes) + SHORT_BYTES)
   if (result.kind === 'item') writer.bytes(1, result.bytes)
   else if (result.kind === 'not-modified') writer.number(2, 1)
   const cache = writer.begin(3)
@@ -86,7 +98,7 @@ export function encodeGetItem(result: GetItemResult, answer: Answer, nowMs: numb
   writer.end(cache)
   const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(4, revision)
-  return writer.finish()
+  return writer.finishFramed()
 }
 
 /** A `StreamItemsResponse`. `nowMs` is the reader's clock. */
@@ -97,7 +109,7 @@ export function encodeStreamItem(
   nowMs: number,
 ): Uint8Array {
   const bytes = result.kind === 'item' ? result.bytes : result.kind === 'not-found' ? ITEM_NOT_FOUND : NOTHING
-  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + SHORT_BYTES)
+  const writer = WRITER.start(fieldBytes(bytes.byteLength) + SHORT_BYTES)
   if (correlationId !== 0n) writer.uint64(1, correlationId)
   if (result.kind === 'item') writer.bytes(2, bytes)
   else if (result.kind === 'not-modified') writer.number(3, 1)
@@ -113,7 +125,7 @@ export function encodeStreamItem(
 /** A `StreamItemsResponse` of a look-up that failed. */
 export function encodeStreamFailure(correlationId: bigint, error: ItemCacheError): Uint8Array {
   const bytes = encodeItemError(error)
-  const writer = new FieldWriter(fieldBytes(bytes.byteLength) + NUMBER_BYTES)
+  const writer = WRITER.start(fieldBytes(bytes.byteLength) + NUMBER_BYTES)
   if (correlationId !== 0n) writer.uint64(1, correlationId)
   return writer.bytes(4, bytes).finish()
 }
@@ -122,38 +134,40 @@ const NOTHING = new Uint8Array()
 /** Everything in a response but the item: a status, an id of the look-up, a revision, a flag. */
 const SHORT_BYTES = fieldBytes(CACHE_STATUS_BYTES) + 3 * NUMBER_BYTES
 
-/** One `BatchGetItemsResult`; neither an item nor an error for a miss with CACHE_ONLY. */
-export interface BatchResult {
-  readonly id: string
-  /** Encoded. */
-  readonly item: Uint8Array | undefined
-  /** An encoded `ItemError`. */
-  readonly error: Uint8Array | undefined
-  /** Where it came from; `undefined` with an error that no tier gave. */
-  readonly answer: Answer | undefined
-}
+/** What became of one id of a batch: an answer, or an encoded `ItemError` that no tier gave. */
+export type BatchResult = Answer | Uint8Array
 
-/** A `BatchGetItemsResponse`. `nowMs` is the reader's clock. */
-export function encodeBatch(results: readonly BatchResult[], nowMs: number): Uint8Array {
+/** A `BatchGetItemsResponse`, with a result for each id. `nowMs` is the reader's clock. */
+export function encodeBatch(
+  ids: readonly string[],
+  results: readonly BatchResult[],
+  mask: ItemMask | undefined,
+  nowMs: number,
+): Framed {
   let maxBytes = 0
-  for (const { id, item, error } of results) {
-    maxBytes += 4 * HEADER_BYTES + MAX_UTF8_BYTES * id.length + CACHE_STATUS_BYTES
-    maxBytes += (item?.byteLength ?? 0) + (error?.byteLength ?? 0)
+  for (const [i, result] of results.entries()) {
+    const value = result instanceof Uint8Array ? result : result.copy?.bytes
+    const valueBytes = Math.max(value?.byteLength ?? 0, ITEM_NOT_FOUND.byteLength)
+    maxBytes += 4 * HEADER_BYTES + MAX_UTF8_BYTES * (ids[i]?.length ?? 0) + valueBytes + CACHE_STATUS_BYTES
   }
-  const writer = new FieldWriter(maxBytes)
-  const status = new FieldWriter(CACHE_STATUS_BYTES)
-  for (const { id, item, error, answer } of results) {
+  const writer = WRITER.start(maxBytes)
+  for (const [i, result] of results.entries()) {
+    const id = ids[i] ?? ''
     const idBytes = utf8Bytes(id)
-    status.clear()
-    if (answer !== undefined) putCacheStatus(status, answer, nowMs)
-    const statusBytes = answer === undefined ? 0 : fieldBytes(status.length)
+    const failed = result instanceof Uint8Array
+    const copy = failed ? undefined : result.copy
+    const item = copy?.bytes && masked(copy.bytes, mask)
+    const error = failed ? result : copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
+    STATUS.start(CACHE_STATUS_BYTES)
+    if (!failed) putCacheStatus(STATUS, result, nowMs)
+    const statusBytes = failed ? 0 : fieldBytes(STATUS.length)
     writer.header(1, fieldBytes(idBytes) + optionalBytes(item) + optionalBytes(error) + statusBytes)
-    writer.string(1, id)
+    writer.string(1, id, idBytes)
     if (item !== undefined) writer.bytes(2, item)
     if (error !== undefined) writer.bytes(3, error)
-    if (answer !== undefined) writer.message(4, status)
+    if (!failed) writer.message(4, STATUS)
   }
-  return writer.finish()
+  return writer.finishFramed()
 }
 
 const optionalBytes = (field: Uint8Array | undefined) =>
@@ -163,7 +177,7 @@ const optionalBytes = (field: Uint8Array | undefined) =>
 export function encodeItemError(error: ItemCacheError): Uint8Array {
   const { reason, retryAfterMs } = error
   const message = error.message.toWellFormed()
-  const writer = new FieldWriter(
+  const writer = WRITER.start(
     NUMBER_BYTES + 3 * HEADER_BYTES + 2 * NUMBER_BYTES + MAX_UTF8_BYTES * (reason.length + message.length),
   )
   writer.number(1, codeOf(error))
@@ -184,27 +198,27 @@ export function encodePage({ items, nextPageToken }: Page): Uint8Array {
     (sum, { byteLength }) => sum + fieldBytes(byteLength),
     fieldBytes(token.length),
   )
-  const writer = new FieldWriter(maxBytes)
+  const writer = WRITER.start(maxBytes)
   for (const bytes of present) writer.bytes(1, bytes)
   if (token.length > 0) writer.bytes(2, token)
   return writer.finish()
 }
 
 /** A `ListItemsResponse`: a page and where it came from. `nowMs` is the reader's clock. */
-export function encodeList(page: Uint8Array, answer: Answer, nowMs: number): Uint8Array {
-  const writer = new FieldWriter(page.byteLength + SHORT_BYTES).raw(page)
+export function encodeList(page: Uint8Array, answer: Answer, nowMs: number): Framed {
+  const writer = WRITER.start(page.byteLength + SHORT_BYTES).raw(page)
   const revision = answer.copy?.asOf ?? 0
   if (revision !== 0) writer.number(3, revision)
   const cache = writer.begin(4)
   putCacheStatus(writer, answer, nowMs)
   writer.end(cache)
-  return writer.finish()
+  return writer.finishFramed()
 }
 
 /** A message whose field 1 is an item and whose field 2 is a revision: the answers of create and update. */
-export function encodeWritten(item: Uint8Array, revision: number): Uint8Array {
-  return new FieldWriter(fieldBytes(item.byteLength) + NUMBER_BYTES)
+export function encodeWritten(item: Uint8Array, revision: number): Framed {
+  return WRITER.start(fieldBytes(item.byteLength) + NUMBER_BYTES)
     .bytes(1, item)
     .number(2, revision)
-    .finish()
+    .finishFramed()
 }

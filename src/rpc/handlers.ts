@@ -6,6 +6,7 @@ import {
   type DescMessage,
   type JsonObject,
   type JsonValue,
+  type MessageInitShape,
   type MessageShape,
   toBinary,
 } from '@bufbuild/protobuf'
@@ -71,7 +72,6 @@ import {
   encodeStreamItem,
   encodeWritten,
   type GetItemResult,
-  ITEM_NOT_FOUND,
   masked,
   SKIP_REASONS,
   TIERS,
@@ -136,7 +136,7 @@ export function implementation(
     request: GetItemRequest,
     mask: ItemMask | undefined,
     context: CallContext,
-  ): Uint8Array {
+  ): Reply {
     context.tier = answer.tier
     context.outcome = answer.outcome
     const result = resultOf(answer, request.ifNoneMatch, mask)
@@ -167,6 +167,7 @@ export function implementation(
       const known = toItemCacheError(error, (reference, err) => {
         frame.log.error({ reference, method: methodName('StreamItems'), err }, 'internal error')
       })
+      frame.metrics.countFailure(known)
       return encodeStreamFailure(correlationId, known)
     }
     try {
@@ -197,10 +198,7 @@ export function implementation(
     context.outcome = `${ids.length} ids`
     const hits = reader.hits(tenant, ids, options)
     if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
-    return encodeBatch(
-      hits.map((hit, i) => batchResult(ids[i] ?? '', hit, mask)),
-      reader.now(),
-    )
+    return encodeBatch(ids, hits, mask, reader.now())
   }
 
   /** Loads what is missing, each id once. */
@@ -214,37 +212,28 @@ export function implementation(
     const missing = new Set(ids.filter((_, i) => hits[i] === undefined))
     // Slow items are given up shortly before the caller does, so that the others still reach it.
     using patience = new Patience(context)
-    const loads = [...missing].map((id) => batchLoad(id, options, mask, context.tenant, patience.signal))
-    const loaded = new Map((await Promise.all(loads)).map((result) => [result.id, result]))
-    const results = ids.flatMap((id, i) => {
-      const hit = hits[i]
-      return hit === undefined ? (loaded.get(id) ?? []) : batchResult(id, hit, mask)
-    })
-    return encodeBatch(results, reader.now())
+    const load = async (id: string) =>
+      [id, await batchLoad(id, options, context.tenant, patience.signal)] as const
+    const loaded = new Map(await Promise.all([...missing].map(load)))
+    const results = ids.flatMap((id, i) => hits[i] ?? loaded.get(id) ?? [])
+    return encodeBatch(ids, results, mask, reader.now())
   }
 
   async function batchLoad(
     id: string,
     options: ReadOptions,
-    mask: ItemMask | undefined,
     tenant: string,
     signal: AbortSignal,
   ): Promise<BatchResult> {
     try {
-      return batchResult(id, await reader.load(tenant, id, options, signal), mask)
+      return await reader.load(tenant, id, options, signal)
     } catch (error) {
-      if (error instanceof ItemCacheError && error.code !== 'internal' && error.code !== 'cancelled') {
-        return { id, item: undefined, error: encodeItemError(error), answer: undefined }
-      }
-      throw error
+      const known = toItemCacheError(error, (reference, err) => {
+        frame.log.error({ reference, method: methodName('BatchGetItems'), err }, 'internal error')
+      })
+      if (known.code === 'cancelled') throw known
+      return encodeItemError(known)
     }
-  }
-
-  function batchResult(id: string, answer: Answer, mask: ItemMask | undefined): BatchResult {
-    const { copy } = answer
-    const item = copy?.bytes && masked(copy.bytes, mask)
-    const error = copy !== undefined && item === undefined ? ITEM_NOT_FOUND : undefined
-    return { id, item, error, answer }
   }
 
   async function listItems(request: ListItemsRequest, context: CallContext): Promise<Reply> {
@@ -323,7 +312,7 @@ export function implementation(
     const write = writeOf(context, DeleteItemRequestSchema, request)
     const precondition = { etag: request.etag, allowMissing: request.allowMissing }
     const { revision } = await writer.delete(write, request.id, precondition)
-    return create(DeleteItemResponseSchema, { revision: BigInt(revision) })
+    return encoded(DeleteItemResponseSchema, { revision: BigInt(revision) })
   }
 
   async function invalidateItems(request: InvalidateItemsRequest, context: CallContext): Promise<Reply> {
@@ -344,7 +333,7 @@ export function implementation(
       MODES[request.mode] ?? 'EXPIRE',
       request.refreshOrigin,
     )
-    return create(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
+    return encoded(InvalidateItemsResponseSchema, { revision: BigInt(revision) })
   }
 
   async function inspect(request: InspectItemRequest, context: CallContext): Promise<Reply> {
@@ -353,7 +342,7 @@ export function implementation(
     violations.throwIfAny()
     context.id = request.id
     const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return create(InspectItemResponseSchema, {
+    return encoded(InspectItemResponseSchema, {
       tiers: tiers.map((found) => ({
         tier: TIERS[found.tier],
         present: found.present,
@@ -387,7 +376,7 @@ export function implementation(
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
     for (;;) {
-      yield create(WatchMetricsResponseSchema, { snapshot: metrics(request) })
+      yield encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
       await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
     }
   }
@@ -408,7 +397,7 @@ export function implementation(
       InvalidateItems: on('InvalidateItems', invalidateItems),
       InspectItem: on('InspectItem', inspect),
       GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
-        create(GetMetricsResponseSchema, { snapshot: metrics(request) }),
+        encoded(GetMetricsResponseSchema, { snapshot: metrics(request) }),
       ),
     },
     streams: {
@@ -422,6 +411,9 @@ export function implementation(
     },
   }
 }
+
+const encoded = <Desc extends DescMessage>(schema: Desc, answer: MessageInitShape<Desc>): Reply =>
+  toBinary(schema, create(schema, answer))
 
 /** More ids than this are not fetched from the origin in one call. */
 const MAX_REFETCH = 100

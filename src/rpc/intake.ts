@@ -296,6 +296,7 @@ export class Intake implements Disposable {
       const rpc = metrics.rpc(method)
       rpc.started++
       rpc.finish(code, now() - sinceMs)
+      metrics.countFailure(error)
       log.debug({ method, code, reason: error.reason }, 'request')
     }
     // The caller may go on sending. Closed at once, the stream would take the answer with it.

@@ -10,6 +10,8 @@ export interface RateLimitOptions {
   readonly maxTenants: number
   /** Milliseconds of a monotonic clock. */
   readonly now: () => number
+  /** Told of each call that is refused. */
+  readonly onRefused?: (tenant: string) => void
 }
 
 const ROUNDING = 1e-9
@@ -42,6 +44,7 @@ export class RateLimit {
     bucket.atMs = nowMs
     // What is missing of a call by rounding is not missing.
     if (bucket.left < 1 - ROUNDING) {
+      this.#options.onRefused?.(tenant)
       throw new ItemCacheError('exhausted', 'the tenant calls too often', {
         reason: 'RATE_LIMITED',
         retryAfterMs: Math.ceil(((1 - bucket.left - ROUNDING) * 1000) / perSecond),

@@ -170,8 +170,8 @@ function unaryMethods(
   const methods = Object.entries(definition).flatMap(([name, method]) => {
     const handle = handlers[name]
     if (handle === undefined) return []
-    const { path, requestDeserialize: decode, responseSerialize: encode } = method
-    return [[path, { maxRequestBytes, decode, encode, handle }] as const]
+    const { path, requestDeserialize: decode } = method
+    return [[path, { maxRequestBytes, decode, handle }] as const]
   })
   return new Map(methods)
 }

@@ -1,13 +1,7 @@
 /** A grpc-js service definition made out of a protobuf-es service descriptor. */
-import {
-  type DescMessage,
-  type DescService,
-  fromBinary,
-  type Message,
-  type MessageShape,
-  toBinary,
-} from '@bufbuild/protobuf'
+import { type DescMessage, type DescService, fromBinary, type MessageShape } from '@bufbuild/protobuf'
 import type { ServiceDefinition } from '@grpc/grpc-js'
+import { Framed } from './wire.ts'
 
 /**
  * A request that could not be decoded. grpc-js would answer INTERNAL if the deserialiser threw, so the handler
@@ -20,8 +14,16 @@ export class Malformed {
   }
 }
 
-/** What a handler may answer: a message, or one that is encoded already. */
-export type Reply = Message | Uint8Array
+/** What a handler answers: a message, encoded. */
+export type Reply = Uint8Array | Framed
+
+/** How many bytes a request of a stream took, framing left out, for the metrics. */
+export const wireBytes = (request: unknown): number => (request as Sized)[WIRE_BYTES] ?? 0
+
+const WIRE_BYTES = Symbol('wire bytes')
+interface Sized {
+  [WIRE_BYTES]?: number
+}
 
 const asBuffer = (bytes: Uint8Array): Buffer => Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
 
@@ -36,9 +38,14 @@ function deserializer<Desc extends DescMessage>(desc: Desc) {
   }
 }
 
-function serializer<Desc extends DescMessage>(desc: Desc) {
-  return (reply: Reply): Buffer =>
-    asBuffer(reply instanceof Uint8Array ? reply : toBinary(desc, reply as MessageShape<Desc>))
+const serialize = (reply: Reply): Buffer => (reply instanceof Framed ? reply.message : asBuffer(reply))
+
+function sized<Request extends object>(deserialize: (bytes: Buffer) => Request) {
+  return (bytes: Buffer): Request => {
+    const request: Request & Sized = deserialize(bytes)
+    request[WIRE_BYTES] = bytes.length
+    return request
+  }
 }
 
 /** The definition, its methods keyed by their names in the proto. */
@@ -50,9 +57,10 @@ export function grpcDefinition(service: DescService): ServiceDefinition {
         path: `/${service.typeName}/${method.name}`,
         requestStream: method.methodKind === 'client_streaming' || method.methodKind === 'bidi_streaming',
         responseStream: method.methodKind === 'server_streaming' || method.methodKind === 'bidi_streaming',
-        requestSerialize: serializer(method.input),
-        requestDeserialize: deserializer(method.input),
-        responseSerialize: serializer(method.output),
+        requestSerialize: asBuffer,
+        requestDeserialize:
+          method.methodKind === 'unary' ? deserializer(method.input) : sized(deserializer(method.input)),
+        responseSerialize: serialize,
         responseDeserialize: deserializer(method.output),
       },
     ]),

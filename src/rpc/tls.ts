@@ -1,4 +1,5 @@
 /** TLS for the gRPC server, from PEM files that may change while it runs. */
+import { X509Certificate } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { createSecureContext, type SecureContextOptions } from 'node:tls'
 import { ServerCredentials } from '@grpc/grpc-js'
@@ -15,6 +16,7 @@ export class TlsCredentials extends ServerCredentials {
   readonly #log: Logger
   /** What was read last, good or bad, so that one mistake is logged once. */
   #read: string
+  #endsAtMs: number
 
   /** Throws `invalid`, with a sentence for the operator, when the files cannot be used. */
   constructor(files: TlsFiles, log: Logger) {
@@ -24,6 +26,12 @@ export class TlsCredentials extends ServerCredentials {
     this.#files = files
     this.#log = log
     this.#read = fingerprint(context)
+    this.#endsAtMs = endOf(context)
+  }
+
+  /** When the certificate ends, in milliseconds since 1970. */
+  get endsAtMs(): number {
+    return this.#endsAtMs
   }
 
   /** Reads the files again, and takes what is in them if it can be used. */
@@ -36,6 +44,7 @@ export class TlsCredentials extends ServerCredentials {
       })
       if (context === undefined) return
       this.updateSecureContextOptions(context)
+      this.#endsAtMs = endOf(context)
       this.#log.info('the TLS certificate was exchanged')
     } catch (error) {
       this.#log.error({ err: error }, 'the new TLS files cannot be used: the former certificate stays')
@@ -82,6 +91,8 @@ function readPem(file: string): string {
     throw unusable(`${file} cannot be read: ${(error as NodeJS.ErrnoException).code}`)
   }
 }
+
+const endOf = ({ cert }: SecureContextOptions) => Date.parse(new X509Certificate(`${cert}`).validTo)
 
 const fingerprint = ({ cert, key, ca }: SecureContextOptions) => JSON.stringify([cert, key, ca])
 

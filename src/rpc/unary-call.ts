@@ -10,12 +10,12 @@ import { gunzip, inflate } from 'node:zlib'
 import { ItemCacheError } from '../errors.ts'
 import type { Reply } from './service-definition.ts'
 import { type Status, trailersOnly } from './status.ts'
+import { Framed, PREFIX_BYTES } from './wire.ts'
 
 /** A method that is called with one message and answers one. */
 export interface UnaryMethod {
   readonly maxRequestBytes: number
   readonly decode: (message: Buffer) => unknown
-  readonly encode: (reply: Reply) => Buffer
   readonly handle: (call: UnaryCall) => void
 }
 
@@ -26,9 +26,6 @@ export interface CallOwner {
   /** The handler has the request. */
   delivered(): void
 }
-
-/** A flag, and the length of the message. */
-const PREFIX_BYTES = 5
 
 const RESPONSE_HEADERS = {
   ':status': constants.HTTP_STATUS_OK,
@@ -71,6 +68,11 @@ export class UnaryCall {
     this.#owner = owner
     this.#deadlineMs = deadlineMs
     this.metadata = new CallHeaders(headers)
+  }
+
+  /** Of the message as it came, maybe compressed. */
+  get messageBytes(): number {
+    return this.#receivedBytes - PREFIX_BYTES
   }
 
   getDeadline(): number {
@@ -143,14 +145,10 @@ export class UnaryCall {
 
   reply(reply: Reply): void {
     if (!this.#mayAnswer()) return
-    const message = this.#method.encode(reply)
-    const framed = Buffer.allocUnsafe(PREFIX_BYTES + message.byteLength)
-    framed[0] = 0
-    framed.writeUInt32BE(message.byteLength, 1)
-    framed.set(message, PREFIX_BYTES)
+    const frame = reply instanceof Framed ? reply.bytes : framed(reply)
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     this.#stream.once('wantTrailers', sendOk)
-    this.#stream.end(framed)
+    this.#stream.end(frame)
   }
 
   refuse(status: Status): void {
@@ -201,6 +199,12 @@ const UNPACKERS = new Map([
   ['gzip', gunzip],
   ['deflate', inflate],
 ])
+
+function framed(message: Uint8Array): Buffer {
+  const prefix = Buffer.alloc(PREFIX_BYTES)
+  prefix.writeUInt32BE(message.byteLength, 1)
+  return Buffer.concat([prefix, message])
+}
 
 function sendOk(this: ServerHttp2Stream): void {
   this.sendTrailers(OK_TRAILERS)

@@ -1,20 +1,15 @@
 /** Answers that callers have not taken yet, of all connections together. */
 
 import { ItemCacheError } from '../errors.ts'
+import type { Reply } from './service-definition.ts'
 import type { UnaryCall } from './unary-call.ts'
 
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
 const SMALL_BYTES = 4096
 
-/** What an answer counts of which one call may have many. */
-export function weightInStream(reply: unknown): number {
-  return reply instanceof Uint8Array ? reply.byteLength : 0
-}
-
-/** What the answer of a call counts. */
-export function weightOf(reply: unknown): number {
-  const bytes = weightInStream(reply)
-  return bytes > SMALL_BYTES ? bytes : 0
+/** What the answer of a call counts; one of many in a stream counts all of it. */
+export function weightOf({ byteLength }: Reply): number {
+  return byteLength > SMALL_BYTES ? byteLength : 0
 }
 
 /** A tenant may hold this part of all. */

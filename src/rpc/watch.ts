@@ -146,7 +146,7 @@ function encode(message: WatchMessage): Reply {
 }
 
 function event(init: NonNullable<MessageInitShape<typeof WatchInvalidationsResponseSchema>['event']>): Reply {
-  return create(WatchInvalidationsResponseSchema, { event: init })
+  return toBinary(WatchInvalidationsResponseSchema, create(WatchInvalidationsResponseSchema, { event: init }))
 }
 
 /** Rounded down, also below zero: a heartbeat must not claim more than is known. */

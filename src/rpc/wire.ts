@@ -10,16 +10,43 @@ export const HEADER_BYTES = 1 + 5
 /** What a UTF-16 code unit takes at most. */
 export const MAX_UTF8_BYTES = 3
 
+/** What gRPC puts before a message: a flag and the message's length. */
+export const PREFIX_BYTES = 5
+
+/** An encoded message with what gRPC puts before it, so that it is not copied once more. */
+export class Framed {
+  readonly bytes: Buffer
+
+  constructor(bytes: Buffer) {
+    this.bytes = bytes
+  }
+
+  /** Of the message. */
+  get byteLength(): number {
+    return this.bytes.byteLength - PREFIX_BYTES
+  }
+
+  get message(): Buffer {
+    return this.bytes.subarray(PREFIX_BYTES)
+  }
+}
+
+/** What a writer keeps for the next message. */
+const KEPT_BYTES = 256 * 1024
+
 /**
- * Writes fields, 1 to 15 of a message, into a buffer that must be made large enough: it costs a sixth of what a writer costs
- * that grows. Values are not left out when they are zero.
+ * Writes fields, 1 to 15 of a message, into a buffer that is used for one message after the other and is large enough for
+ * each: it costs a sixth of what a writer costs that begins small and grows. Values are not left out when they are zero.
  */
 export class FieldWriter {
-  readonly #bytes: Buffer
+  #bytes = Buffer.alloc(0)
   #at = 0
 
-  constructor(maxBytes: number) {
-    this.#bytes = Buffer.allocUnsafe(maxBytes)
+  /** Begins a message that takes so many bytes at most. */
+  start(maxBytes: number): this {
+    if (maxBytes > this.#bytes.byteLength) this.#bytes = Buffer.allocUnsafeSlow(maxBytes)
+    this.#at = 0
+    return this
   }
 
   /** An integer, 0 to 2^53 - 1, an enum or a bool. */
@@ -45,8 +72,8 @@ export class FieldWriter {
     return this
   }
 
-  string(field: number, value: string): this {
-    const length = utf8Bytes(value)
+  /** `length`: of the value in bytes. */
+  string(field: number, value: string, length = utf8Bytes(value)): this {
     this.header(field, length)
     if (length !== value.length) this.#bytes.write(value, this.#at)
     else for (let i = 0; i < length; i++) this.#bytes[this.#at + i] = value.charCodeAt(i)
@@ -92,21 +119,35 @@ export class FieldWriter {
     return this.#at
   }
 
-  /** To be written anew, which changes what `finish` has returned. */
-  clear(): void {
-    this.#at = 0
+  /** What has been written. */
+  finish(): Buffer {
+    const message = Buffer.allocUnsafe(this.#at)
+    this.#bytes.copy(message, 0, 0, this.#at)
+    this.#shrink()
+    return message
   }
 
-  /** What has been written: a window into the buffer. */
-  finish(): Uint8Array {
-    return this.#bytes.subarray(0, this.#at)
+  /** What has been written, as it goes over the wire. */
+  finishFramed(): Framed {
+    const frame = Buffer.allocUnsafe(PREFIX_BYTES + this.#at)
+    frame[0] = 0
+    frame.writeUInt32BE(this.#at, 1)
+    this.#bytes.copy(frame, PREFIX_BYTES, 0, this.#at)
+    this.#shrink()
+    return new Framed(frame)
+  }
+
+  #shrink(): void {
+    if (this.#bytes.byteLength > KEPT_BYTES) this.#bytes = Buffer.alloc(0)
   }
 
   #varint(value: number): void {
     let rest = value
-    while (rest > 0x7fff_ffff) {
-      this.#bytes[this.#at++] = (rest % 128) | 0x80
-      rest = Math.floor(rest / 128)
+    if (value > 0x7fff_ffff) {
+      // Four groups at once, of what bit operations can hold.
+      rest = Math.floor(value / 2 ** 28)
+      const low = value - rest * 2 ** 28
+      for (let shift = 0; shift < 28; shift += 7) this.#bytes[this.#at++] = (low >>> shift) | 0x80
     }
     while (rest > 0x7f) {
       this.#bytes[this.#at++] = (rest & 0x7f) | 0x80

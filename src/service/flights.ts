@@ -1,8 +1,8 @@
 /**
  * Flights: loads that are shared by all who miss the same key meanwhile.
  *
- * A flight leaves at the end of the tick, together with all others of its tenant and route. It goes on for as long as
- * somebody waits for it: a reader, until its own deadline, or nobody in particular, for a bounded time, when a stale
+ * A flight leaves at the end of the tick, together with all others of its tenant and route; when they are several they
+ * wait for a burst that is still coming in. It goes on for as long as somebody waits for it: a reader, until its own deadline, or nobody in particular, for a bounded time, when a stale
  * answer has been given already. The last one to leave cancels it, and with the last flight of a group the group.
  */
 import { randomBytes } from 'node:crypto'
@@ -153,7 +153,7 @@ export class Flight {
 }
 
 /** Most flights that are under way at once: one more load is refused. Callers who share a flight are no more flights. */
-const MAX_FLIGHTS = 100_000
+export const MAX_FLIGHTS = 100_000
 
 /** A multi-key read never asks a tier for more keys than this at once. */
 const MAX_KEYS = 500
@@ -166,6 +166,8 @@ interface Boarding {
   readonly controller: AbortController
   /** Flights that are not over. */
   left: number
+  /** How many had boarded when it was looked at last. */
+  seen: number
 }
 
 /** All flights of one instance. */
@@ -192,7 +194,7 @@ export class Flights {
   }
 
   /**
-   * The key's flight of this route, or a new one that leaves at the end of the tick. Throws `exhausted` when there is
+   * The key's flight of this route, or a new one that leaves soon. Throws `exhausted` when there is
    * none and too many others are under way.
    */
   join(tenant: string, id: string, route: Route, plan: FlightPlan): { flight: Flight; joined: boolean } {
@@ -222,25 +224,46 @@ export class Flights {
   }
 
   #boardingOf(tenant: string, route: Route): Boarding {
-    if (this.#boarding.length === 0) setImmediate(() => this.#departAll())
+    if (this.#boarding.length === 0) setImmediate(this.#look)
     // Whoever has boarded may all have left already, in this very tick: then their group is given up.
     const waiting = this.#boarding.findLast(
       (one) => one.tenant === tenant && one.route === route && !one.controller.signal.aborted,
     )
     if (waiting !== undefined && waiting.flights.length < MAX_KEYS) return waiting
-    const boarding: Boarding = { tenant, route, flights: [], controller: new AbortController(), left: 0 }
+    const boarding: Boarding = {
+      tenant,
+      route,
+      flights: [],
+      controller: new AbortController(),
+      left: 0,
+      seen: 0,
+    }
     this.#boarding.push(boarding)
     return boarding
   }
 
-  #departAll(): void {
-    const leaving = this.#boarding
-    this.#boarding = []
+  /** Comes after all that the event loop had to read. Whoever does not leave now is looked at in the next turn. */
+  readonly #look = (): void => {
+    const { leaving = [], staying = [] } = Object.groupBy(this.#boarding, (boarding) =>
+      isSwelling(boarding) ? 'staying' : 'leaving',
+    )
+    this.#boarding = staying
+    for (const boarding of staying) boarding.seen = boarding.flights.length
+    if (staying.length > 0) setImmediate(this.#look)
     for (const { tenant, route, flights, controller } of leaving) {
       const wanted = flights.filter((flight) => !flight.isOver)
       if (wanted.length > 0) this.#depart({ tenant, route, flights: wanted, signal: controller.signal })
     }
   }
+}
+
+/**
+ * Whether the last turn of the event loop has at least doubled the group: then a burst is coming in, and the next turn
+ * is waited for, nine times at most. A flight that is alone leaves at once; under steady load a group waits for one turn
+ * or two.
+ */
+function isSwelling({ flights, seen }: Boarding): boolean {
+  return flights.length > 1 && flights.length < MAX_KEYS && flights.length >= 2 * seen
 }
 
 /** One string for a tenant's key. The length in front keeps every pair apart, whatever characters either has. */

@@ -35,6 +35,7 @@ import { type Flight, type Group, keyOf, type Load, type Skipped } from './fligh
 import { OriginRequests } from './origin-requests.ts'
 import { isInShare } from './rollout.ts'
 import { Stampede } from './stampede.ts'
+import { Turns } from './turns.ts'
 
 /** The tiers and what watches them. `origin` is `undefined` when it is off; so are `locks` without Redis. */
 export interface LoaderParts {
@@ -59,6 +60,8 @@ export interface LoaderOptions {
   readonly failureTtlMs: number
   /** After how long the lock of an instance that is gone ends. */
   readonly lockTtlMs: number
+  /** Most SELECTs of many items that are under way at once. */
+  readonly largeReads: number
   /** The share of keys that go through the caches, 0 to 100. */
   readonly rolloutPercent: number
   /** Monotonic clock. */
@@ -80,6 +83,10 @@ interface Landing {
   readonly copy: Copy
 }
 
+/** A SELECT of more items than this takes its turn, so that there is always a connection for smaller ones. */
+const LARGE_READ = 50
+/** How long it waits for its turn. */
+const TURN_PATIENCE_MS = 1_000
 /** A larger copy (a page of large items) is not worth its room. */
 const MAX_KEPT_BYTES = 1024 * 1024
 /** How much the newest load counts in the mean. */
@@ -93,6 +100,7 @@ export class Loader {
   readonly #stampede: Stampede | undefined
   readonly #failures: RecentFailures
   readonly #requests: OriginRequests | undefined
+  readonly #turns: Turns
   /** The logical clock that orders readers and SELECTs. */
   #tick = 0
   readonly #background = new Set<Promise<unknown>>()
@@ -101,6 +109,7 @@ export class Loader {
     this.#parts = parts
     this.#options = options
     const { failureTtlMs: openMs, lockTtlMs: ttlMs, random } = options
+    this.#turns = new Turns({ most: options.largeReads, patienceMs: TURN_PATIENCE_MS })
     this.#failures = new RecentFailures({ ...options, ttlMs: openMs })
     const { origin } = parts
     this.#requests =
@@ -329,7 +338,7 @@ export class Loader {
 
   /** Lands what PostgreSQL knows, and returns the flights whose items only the origin may know. */
   async #walkPostgres(group: Group, flights: readonly Flight[], again: boolean): Promise<readonly Unknown[]> {
-    const { postgres, origin, metrics } = this.#parts
+    const { origin, metrics } = this.#parts
     if (flights.length === 0) return []
     const { tenant, signal } = group
     const sentAt = this.tick()
@@ -339,19 +348,13 @@ export class Loader {
       flight.cachesAsked.resolve(undefined)
     }
     if (!again) metrics.loads += flights.length
-    const snapshots = await this.#timed('postgres', () =>
-      postgres.read(
-        tenant,
-        flights.map((flight) => flight.id),
-        signal,
-      ),
-    )
+    const snapshots = await this.#select(tenant, flights, signal)
     this.#loaded(sentAtMs)
     const known: Landing[] = []
     const unknown: Unknown[] = []
     for (const flight of flights) {
       const snapshot = snapshots.get(flight.id)
-      if (snapshot === undefined) throw new ItemCacheError('internal', 'PostgreSQL left an id out')
+      if (snapshot === undefined) continue
       if (snapshot.state === 'unknown' && origin?.serves(flight.id))
         unknown.push({ flight, snapshot, readAtMs: sentAtMs })
       else known.push({ flight, copy: this.copyOf(snapshot, sentAtMs) })
@@ -359,6 +362,32 @@ export class Loader {
     this.#asked('postgres', known.length, again ? 0 : unknown.length)
     await this.#arrive(tenant, known, 'postgres', sentAt)
     return unknown
+  }
+
+  /**
+   * What PostgreSQL holds, by one statement. When that fails for what it reads (a row that is damaged, or is no item),
+   * by one for each half, so that only those flights fail whose rows are the reason.
+   */
+  async #select(
+    tenant: string,
+    flights: readonly Flight[],
+    signal: AbortSignal,
+  ): Promise<ReadonlyMap<string, Snapshot>> {
+    const ids = flights.map((flight) => flight.id)
+    const read = () => this.#timed('postgres', () => this.#parts.postgres.read(tenant, ids, signal))
+    try {
+      return await (ids.length > LARGE_READ ? this.#turns.take(tenant, signal, read) : read())
+    } catch (error) {
+      if (error instanceof ItemCacheError && error.code !== 'internal') throw error
+      if (flights.length === 1) {
+        flights[0]?.fail(error)
+        return new Map()
+      }
+      const middle = Math.ceil(flights.length / 2)
+      const halves = [flights.slice(0, middle), flights.slice(middle)]
+      const found = await Promise.all(halves.map((half) => this.#select(tenant, half, signal)))
+      return new Map(found.flatMap((some) => [...some]))
+    }
   }
 
   /** Asks the origin, for each key on one instance, and not for one that has failed just now. */
@@ -377,12 +406,15 @@ export class Loader {
     if (route === 'direct' || withoutRedis || this.#stampede === undefined) {
       return this.#fetch(tenant, asking)
     }
-    const flights = asking.map(({ flight }) => flight)
+    const byFlight = new Map(asking.map((one) => [one.flight, one]))
     const waiting = this.#waiting(tenant, () => false)
-    // PostgreSQL is asked again: who held the lock before may have inserted the item since.
-    await this.#stampede.guard(tenant, flights, waiting, async (turn) =>
-      this.#fetch(tenant, await this.#walkPostgres(group, turn, true)),
-    )
+    await this.#stampede.guard(tenant, [...byFlight.keys()], waiting, async (turn, first) => {
+      // PostgreSQL is asked again where another one held the lock: it may have inserted the item since.
+      const still = first
+        ? turn.flatMap((flight) => byFlight.get(flight) ?? [])
+        : await this.#walkPostgres(group, turn, true)
+      await this.#fetch(tenant, still)
+    })
   }
 
   /**

@@ -222,7 +222,7 @@ export class Reader {
       return undefined
     }
     if (view === undefined) return undefined
-    const copy = memory.get(tenant, id)
+    const copy = memory.get(tenant, id, nowMs)
     const answer =
       copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, nowMs, load)
     if (answer === undefined) metrics.tiers.memory.misses++
@@ -297,6 +297,7 @@ export class Reader {
     if (now - copy.verifiedAtMs > this.#options.maxStaleMs) return undefined
     if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load })
     this.#count(tier, 'STALE', coalesced)
+    this.#parts.metrics.staleReads.REVALIDATING++
     return { copy, tier, outcome: 'STALE', staleReason: 'REVALIDATING', coalesced, skipped }
   }
 
@@ -473,13 +474,15 @@ export class Reader {
     if (verdict === 'current') view.ahead(copy)
     // A fresh copy that only the silence of the log keeps from being current is not known to be old.
     const unverified = verdict === 'current' && now < copy.freshUntilMs && !view.hasHeard(now)
+    const staleReason = unverified ? 'UNVERIFIED' : reason
     this.#count(tier, 'STALE', coalesced)
+    this.#parts.metrics.staleReads[staleReason]++
     const missed = { tier: tierDown, reason: reason === 'TIER_DOWN' ? 'down' : 'timeout' } as const
     return {
       copy,
       tier,
       outcome: 'STALE',
-      staleReason: unverified ? 'UNVERIFIED' : reason,
+      staleReason,
       coalesced,
       skipped: options.freshness === 'CACHE_ONLY' ? skipped : [...skipped, missed],
     }

@@ -33,6 +33,8 @@ export interface Waiting {
   readonly hurries: (flight: Flight) => boolean
 }
 
+type LoadTurn = (flights: readonly Flight[], first: boolean) => Promise<void>
+
 /** Pauses between two looks: about this long at first, then growing. Each varies by half either way. */
 const FIRST_PAUSE_MS = 10
 const MAX_PAUSE_MS = 40
@@ -45,35 +47,35 @@ export class Stampede {
   }
 
   /**
-   * Calls `load` with the flights whose turn it is, each once, until all have landed or failed. `load` ends when its
-   * flights are over; when it throws they fail.
+   * Calls `load` with the flights whose turn it is, each once, until all have landed or failed. `first`: nobody else has
+   * had their locks lately. `load` ends when its flights are over; when it throws they fail.
    */
-  async guard(
-    tenant: string,
-    flights: readonly Flight[],
-    waiting: Waiting,
-    load: (flights: readonly Flight[]) => Promise<void>,
-  ): Promise<void> {
+  async guard(tenant: string, flights: readonly Flight[], waiting: Waiting, load: LoadTurn): Promise<void> {
     const loads: Promise<void>[] = []
-    const start = (ready: readonly Flight[]) => {
-      if (ready.length > 0) loads.push(this.#hold(tenant, ready, load))
+    const start = (ready: readonly Flight[], first = false) => {
+      if (ready.length > 0) loads.push(this.#hold(tenant, ready, first, load))
     }
     let left: readonly Flight[] = flights
+    let hasWaited = false
     for (let pauseMs = FIRST_PAUSE_MS; left.length > 0; pauseMs = Math.min(1.5 * pauseMs, MAX_PAUSE_MS)) {
       const states = await this.#options.locks.acquire(tenant, left)
       const held: Flight[] = []
+      const first: Flight[] = []
       const ready: Flight[] = []
       let endsInMs = Number.POSITIVE_INFINITY
       for (const flight of left) {
         const state = states.get(flight.id) ?? 'free'
-        if (typeof state !== 'number') ready.push(flight)
+        if (state === 'ours' && !hasWaited) first.push(flight)
+        else if (typeof state !== 'number') ready.push(flight)
         else if (!flight.isOver) {
           held.push(flight)
           endsInMs = Math.min(endsInMs, state)
         }
       }
+      start(first, true)
       start(ready)
       if (held.length === 0) break
+      hasWaited = true
       if (!held.some(waiting.hurries)) {
         await pause(Math.min(pauseMs * (0.5 + this.#options.random()), endsInMs + 1), held)
       }
@@ -89,11 +91,7 @@ export class Stampede {
   }
 
   /** Loads, and keeps the locks until each flight is over and what it brought is in Redis. */
-  async #hold(
-    tenant: string,
-    flights: readonly Flight[],
-    load: (flights: readonly Flight[]) => Promise<void>,
-  ): Promise<void> {
+  async #hold(tenant: string, flights: readonly Flight[], first: boolean, load: LoadTurn): Promise<void> {
     const { locks, ttlMs, openMs } = this.#options
     const releases = flights.map(async (flight) => {
       const failed = await flight.result.promise.then(() => false, isUnavailable)
@@ -106,7 +104,10 @@ export class Stampede {
     }, ttlMs / 3)
     renewal.unref()
     try {
-      await load(flights.filter((flight) => !flight.isOver))
+      await load(
+        flights.filter((flight) => !flight.isOver),
+        first,
+      )
     } catch (error) {
       for (const flight of flights) flight.fail(error)
     } finally {

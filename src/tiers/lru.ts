@@ -125,6 +125,10 @@ export class Lru<V> {
   /** The first of the slots that were given back, linked through `next`. */
   #free = NONE
 
+  /** Of the call before: many in a row are of one owner. */
+  #lastOwner = ''
+  #ownerHash: number
+
   #size = 0
   #bytes = 0
   #hits = 0
@@ -160,6 +164,7 @@ export class Lru<V> {
     this.#seed = Math.floor(random() * 2 ** 30)
     // Odd, so that multiplying loses nothing.
     this.#multiplier = Math.floor(random() * 2 ** 30) * 2 + 1
+    this.#ownerHash = this.#seed
     this.#reset()
   }
 
@@ -171,13 +176,12 @@ export class Lru<V> {
    * The value, which becomes the most recent one; `stale` says whether its soft TTL is over. `undefined` is a miss.
    * An entry past its hard TTL is removed, and is a miss.
    */
-  get(key: string, owner = ''): V | undefined {
+  get(key: string, owner = '', nowMs = this.#now()): V | undefined {
     const slot = this.#find(key, owner, this.#hash(key, owner))
     if (slot === NONE) {
       this.#misses += 1
       return undefined
     }
-    const nowMs = this.#now()
     const floats = this.#floats
     if (nowMs >= (floats[slot * FLOATS + HARD_UNTIL] as number)) {
       this.#remove(slot)
@@ -324,17 +328,21 @@ export class Lru<V> {
 
   /** Mixes after every unit, so that no two keys collide for all seeds. 30 bits are a small integer in every engine. */
   #hash(key: string, owner: string): number {
+    if (owner !== this.#lastOwner) {
+      this.#lastOwner = owner
+      this.#ownerHash = this.#mix(this.#seed, owner)
+    }
+    return this.#mix(this.#ownerHash, key) & 0x3fff_ffff
+  }
+
+  #mix(from: number, text: string): number {
     const multiplier = this.#multiplier
-    let hash = this.#seed
-    for (let at = 0; at < owner.length; at += 1) {
-      hash = Math.imul(hash ^ owner.charCodeAt(at), multiplier)
+    let hash = from
+    for (let at = 0; at < text.length; at += 1) {
+      hash = Math.imul(hash ^ text.charCodeAt(at), multiplier)
       hash ^= hash >>> 15
     }
-    for (let at = 0; at < key.length; at += 1) {
-      hash = Math.imul(hash ^ key.charCodeAt(at), multiplier)
-      hash ^= hash >>> 15
-    }
-    return hash & 0x3fff_ffff
+    return hash
   }
 
   #find(key: string, owner: string, hash: number): number {

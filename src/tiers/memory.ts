@@ -69,8 +69,8 @@ export class MemoryTier implements CacheTier {
   }
 
   /** A real read: counts a hit or a miss and touches recency. The copy may be past its `freshUntilMs`. */
-  get(tenant: string, id: string): Copy | undefined {
-    return this.#copies.get(id, tenant)
+  get(tenant: string, id: string, nowMs = this.#now()): Copy | undefined {
+    return this.#copies.get(id, tenant, nowMs)
   }
 
   /** As `get`, but neither counts nor touches recency. */

@@ -49,19 +49,36 @@ export function redisKey(prefix: string, tenant: string, id: string): string {
 }
 
 /**
- * Stores a value (ARGV[2]) for ARGV[3] milliseconds unless a copy with a greater as-of than ARGV[1] is there.
- * The as-of is summed up byte by byte: Lua's doubles hold it exactly, whereas Lua compares strings in the
- * server's locale. Anything that is not such a copy, even a value of another type, is replaced.
+ * The milliseconds that each key has left, as PTTL says them, and its value; an empty value where there is none that could
+ * be a copy's.
+ */
+export const READ_SCRIPT = `
+local found = {}
+for i, key in ipairs(KEYS) do
+  found[2 * i - 1] = redis.call('PTTL', key)
+  local value = redis.pcall('GET', key)
+  found[2 * i] = type(value) == 'table' and '' or value
+end
+return found
+`
+
+/**
+ * Stores a value for each key unless a copy with a greater as-of is there: as-of, value and TTL in milliseconds are three
+ * arguments for each. The as-of is summed up byte by byte: Lua's doubles hold it exactly, whereas Lua compares strings
+ * in the server's locale. Anything that is not such a copy, even a value of another type, is replaced.
  */
 export const STORE_SCRIPT = `
-local head = redis.pcall('GETRANGE', KEYS[1], 0, ${REVISION_AT - 1})
-if type(head) == 'string' and #head == ${REVISION_AT} and head:byte(1) == ${FORMAT_VERSION} then
+for n, key in ipairs(KEYS) do
+  local head = redis.pcall('GETRANGE', key, 0, ${REVISION_AT - 1})
   local stored = 0
-  for i = ${AS_OF_AT + 1}, ${REVISION_AT} do stored = stored * 256 + head:byte(i) end
-  if stored > tonumber(ARGV[1]) and stored <= ${Number.MAX_SAFE_INTEGER} then return 0 end
+  if type(head) == 'string' and #head == ${REVISION_AT} and head:byte(1) == ${FORMAT_VERSION} then
+    for i = ${AS_OF_AT + 1}, ${REVISION_AT} do stored = stored * 256 + head:byte(i) end
+  end
+  if stored <= tonumber(ARGV[3 * n - 2]) or stored > ${Number.MAX_SAFE_INTEGER} then
+    redis.call('SET', key, ARGV[3 * n - 1], 'PX', ARGV[3 * n])
+  end
 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return 1
+return #KEYS
 `
 
 /** The key of an item's lock: no copy's, since those have no `:` after the id. */
@@ -72,9 +89,13 @@ export function lockKey(prefix: string, tenant: string, id: string): string {
 /** In a lock's place after its holder failed. No token is like it. */
 const OPEN = 'open'
 
+/** In a lock's place for a while after its holder has loaded the key. */
+const HANDED_ON = 'handed on'
+
 /** What `LOCK_SCRIPT` answers besides the milliseconds that another holder's lock has left. */
 export const LOCK_IS_OURS = 0
 export const LOCK_IS_OPEN = -1
+export const LOCK_IS_HANDED_ON = -2
 
 /**
  * Takes a lock for the token ARGV[1] and ARGV[2] milliseconds, unless another token holds it. That it holds it itself
@@ -83,11 +104,12 @@ export const LOCK_IS_OPEN = -1
 export const LOCK_SCRIPT = `
 local holder = redis.call('GET', KEYS[1])
 if holder == '${OPEN}' then return ${LOCK_IS_OPEN} end
-if holder and holder ~= ARGV[1] then
+if holder and holder ~= ARGV[1] and holder ~= '${HANDED_ON}' then
   local left = redis.call('PTTL', KEYS[1])
   if left >= 0 then return math.max(left, 1) end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if holder == '${HANDED_ON}' then return ${LOCK_IS_HANDED_ON} end
 return ${LOCK_IS_OURS}
 `
 
@@ -97,11 +119,17 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 `
 
-/** Deletes a lock if the token ARGV[1] holds it, or leaves it open for ARGV[2] milliseconds if that is not 0. */
+/**
+ * Gives up a lock if the token ARGV[1] holds it: for ARGV[3] milliseconds it says that it was handed on or, if ARGV[2] is
+ * not 0, for so many that it is open.
+ */
 export const RELEASE_SCRIPT = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-if ARGV[2] == '0' then return redis.call('DEL', KEYS[1]) end
-redis.call('SET', KEYS[1], '${OPEN}', 'PX', ARGV[2])
+if ARGV[2] == '0' then
+  redis.call('SET', KEYS[1], '${HANDED_ON}', 'PX', ARGV[3])
+else
+  redis.call('SET', KEYS[1], '${OPEN}', 'PX', ARGV[2])
+end
 return 1
 `
 

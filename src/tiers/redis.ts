@@ -18,11 +18,13 @@ import {
 import {
   decodeCopy,
   encodeCopy,
+  LOCK_IS_HANDED_ON,
   LOCK_IS_OPEN,
   LOCK_IS_OURS,
   LOCK_SCRIPT,
   lockKey,
   MAX_TTL_MS,
+  READ_SCRIPT,
   RELEASE_SCRIPT,
   RENEW_SCRIPT,
   redisKey,
@@ -43,10 +45,11 @@ import type {
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    storeCopy(key: string, asOf: number, value: Buffer, ttlMs: number): Result<number, Context>
+    readCopiesBuffer(count: number, ...keys: string[]): Result<unknown[], Context>
+    storeCopies(count: number, ...keysAndValues: (string | number | Buffer)[]): Result<number, Context>
     takeLock(key: string, token: string, ttlMs: number): Result<number, Context>
     renewLock(key: string, token: string, ttlMs: number): Result<number, Context>
-    releaseLock(key: string, token: string, openMs: number): Result<number, Context>
+    releaseLock(key: string, token: string, openMs: number, handedOnMs: number): Result<number, Context>
   }
 }
 
@@ -73,32 +76,56 @@ export interface RedisTierOptions {
   readonly onStateChange?: (state: 'ready' | 'down', reason: string) => void
 }
 
-/** Cumulative since construction. Hits and misses count ids; the others count pipelines, `corrupt` values. */
+/** Cumulative since construction. Hits and misses count ids; the others count round trips, `corrupt` values. */
 export interface RedisCounters {
   hits: number
   /** Ids that were asked for in vain. While the tier is down nothing is asked and nothing is counted. */
   misses: number
-  /** Pipelines in which a command failed other than by a timeout. */
+  /** Round trips in which a command failed other than by a timeout. */
   errors: number
   timeouts: number
   /** Values that were damaged, undatable or of another format. Each was a miss. */
   corrupt: number
+  /** Commands that were sent together, without waiting in between. */
   roundTrips: number
 }
 
-const COMMANDS_PER_PIPELINE = 50
+/** What a Redis server says of itself. What it does not tell is `undefined`. */
+export interface RedisServer {
+  /** `host:port`, or the path of its socket. */
+  readonly node: string
+  /** Connections of all clients. */
+  readonly connectedClients: number | undefined
+  readonly maxClients: number | undefined
+  readonly usedBytes: number | undefined
+  /** `undefined`, too, when there is no bound. */
+  readonly maxBytes: number | undefined
+  /** Whether it makes room for new copies when it is full. */
+  readonly evicts: boolean
+}
+
+/** One command keeps Redis from all others for as long as it takes: half a millisecond for so many copies. */
+const KEYS_PER_COMMAND = 100
 const TIMED_OUT = 'Command timed out'
+/** ioredis takes silence for shorter than this for no failure: this process may be too busy to read what is there. */
+const SILENCE_MS = 2_000
 const RECONNECT_MAX_MS = 1_000
 
 interface Keyed {
   readonly key: string
 }
 
-/** The replies to an entry's commands, or the error of the first that failed. */
+/** What Redis said of one entry, or why it did not. */
 type Reply = readonly unknown[] | Error
 
-/** Queues the commands of one entry. */
-type Queue<E> = (pipeline: ChainableCommander, entry: E) => void
+/** One kind of command, for one entry or for several at once. */
+interface Order<E> {
+  /** The most entries of one command. In a cluster it is one, since their keys are in different slots. */
+  readonly most: number
+  /** Parts of the command's reply for each of its entries. */
+  readonly width: number
+  readonly give: (to: ChainableCommander | Redis | Cluster, entries: readonly E[]) => unknown
+}
 
 export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable {
   readonly name = 'redis'
@@ -169,7 +196,7 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     if (this.#client.status !== 'ready') return { copies, skipped: 'down' }
     const sentAtMs = this.#now()
     const entries = ids.map((id) => ({ id, key: redisKey(this.#prefix, tenant, id) }))
-    const replies = await this.#run(entries, 2, queueRead)
+    const replies = await this.#run(entries, READ)
     for (const { id, key } of entries) {
       const copy = this.#copyOf(id, replies.get(key), sentAtMs)
       if (copy !== undefined) copies.set(id, copy)
@@ -188,40 +215,38 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
       const key = redisKey(this.#prefix, tenant, copy.id)
       return { key, asOf: copy.asOf, value: encodeCopy(copy, nowMs, ttlMs), ttlMs }
     })
-    await this.#run(entries, 1, (pipeline, { key, asOf, value, ttlMs }) => {
-      pipeline.storeCopy(key, asOf, value, ttlMs)
-    })
+    await this.#run(entries, STORE)
   }
 
   /**
    * As in the port. What has failed is asked once more, with the same token: a busy process may give a command up whose
-   * reply has come, and would then load for itself what others are waiting for it to load.
+   * reply has come, and would then load for itself what others are waiting for it to load. What that reply said is lost.
    */
   async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
     const ask = (asking: readonly LockClaim[]) =>
-      this.#runLocks(tenant, asking, (pipeline, { key, token }) => {
-        pipeline.takeLock(key, token, this.#lockTtlMs)
-      })
+      this.#runLocks(tenant, asking, (to, key, token) => to.takeLock(key, token, this.#lockTtlMs))
     const replyTo = (replies: ReadonlyMap<string, Reply>, { id }: LockClaim) =>
       replies.get(lockKey(this.#prefix, tenant, id))
     const first = await ask(claims)
     const failed = claims.filter((claim) => replyTo(first, claim) instanceof Error)
-    const second = failed.length > 0 ? await ask(failed) : first
-    return new Map(
-      claims.map((claim) => [claim.id, lockState(replyTo(second, claim) ?? replyTo(first, claim))]),
-    )
+    const second = failed.length > 0 ? await ask(failed) : undefined
+    const stateOf = (claim: LockClaim): LockState => {
+      const again = second && replyTo(second, claim)
+      if (again === undefined) return lockState(replyTo(first, claim))
+      const state = lockState(again)
+      return state === 'ours' ? 'handed-on' : state
+    }
+    return new Map(claims.map((claim) => [claim.id, stateOf(claim)]))
   }
 
   async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
-    await this.#runLocks(tenant, claims, (pipeline, { key, token }) => {
-      pipeline.renewLock(key, token, this.#lockTtlMs)
-    })
+    await this.#runLocks(tenant, claims, (to, key, token) => to.renewLock(key, token, this.#lockTtlMs))
   }
 
   async release(tenant: string, claim: LockClaim, openMs: number): Promise<void> {
-    await this.#runLocks(tenant, [claim], (pipeline, { key, token }) => {
-      pipeline.releaseLock(key, token, Math.round(openMs))
-    })
+    await this.#runLocks(tenant, [claim], (to, key, token) =>
+      to.releaseLock(key, token, Math.round(openMs), this.#lockTtlMs),
+    )
   }
 
   /** As in the port. Reading the value is the only way to its as-of, and Redis's own recency sees it. */
@@ -229,7 +254,7 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     if (this.#client.status !== 'ready') return { present: false, skipped: 'down' }
     const sentAtMs = this.#now()
     const key = redisKey(this.#prefix, tenant, id)
-    const reply = (await this.#run([{ key }], 2, queueRead)).get(key)
+    const reply = (await this.#run([{ key }], READ)).get(key)
     const skipped = skipReason([reply])
     if (skipped !== undefined) return { present: false, skipped }
     const copy = this.#copyOf(id, reply, sentAtMs)
@@ -244,6 +269,19 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
       ttlMs: Math.max(0, leftMs),
       sizeBytes: value.length,
     }
+  }
+
+  /** The servers that answer, of a cluster the primaries. Never throws: a user who may not ask learns nothing. */
+  async servers(): Promise<readonly RedisServer[]> {
+    const client = this.#client
+    if (client.status !== 'ready') return []
+    const nodes = client instanceof Cluster ? client.nodes('master') : [client]
+    const asked = nodes.map(async (node) => {
+      const { path, host, port } = node.options
+      return serverOf(path ?? `${host}:${port}`, await this.#inTime(node.info()))
+    })
+    const answers = await Promise.allSettled(asked)
+    return answers.flatMap((answer) => (answer.status === 'fulfilled' ? [answer.value] : []))
   }
 
   /** Lets running commands finish, within the command timeout, and disconnects. */
@@ -265,11 +303,15 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
   #runLocks(
     tenant: string,
     claims: readonly LockClaim[],
-    queue: Queue<Keyed & Pick<LockClaim, 'token'>>,
+    give: (to: ChainableCommander | Redis | Cluster, key: string, token: string) => unknown,
   ): Promise<ReadonlyMap<string, Reply>> {
     if (this.#client.status !== 'ready') return Promise.resolve(new Map())
     const entries = claims.map(({ id, token }) => ({ token, key: lockKey(this.#prefix, tenant, id) }))
-    return this.#run(entries, 1, queue)
+    return this.#run(entries, {
+      most: 1,
+      width: 1,
+      give: (to, [entry]) => entry && give(to, entry.key, entry.token),
+    })
   }
 
   /** While the cluster is out of reach nobody knows what lies where, and any id will do. */
@@ -297,65 +339,54 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     return copy
   }
 
-  /** Sends `width` commands for every entry, in pipelines that run side by side. Never throws. */
-  async #run<E extends Keyed>(
-    entries: readonly E[],
-    width: number,
-    queue: Queue<E>,
-  ): Promise<ReadonlyMap<string, Reply>> {
+  /** Sends all entries at once; in a cluster once to each node that has any. Never throws. */
+  async #run<E extends Keyed>(entries: readonly E[], order: Order<E>): Promise<ReadonlyMap<string, Reply>> {
     const replies = new Map<string, Reply>()
-    const batches = this.#batches(entries, Math.floor(COMMANDS_PER_PIPELINE / width))
-    await Promise.all(batches.map((batch) => this.#pipeline(batch, width, queue, replies)))
-    if (this.#client.isCluster) {
-      // ioredis follows a redirection (slots that moved) only when all of a pipeline is redirected alike, which
-      // holds for one key. Reads and the scripts may all be repeated.
-      const failed = entries.filter(({ key }) => {
-        const reply = replies.get(key)
-        return reply instanceof Error && reply.message !== TIMED_OUT && !isWrongType(reply)
-      })
-      await Promise.all(failed.map((entry) => this.#pipeline([entry], width, queue, replies)))
+    if (!(this.#client instanceof Cluster)) {
+      await this.#send(entries, order, replies)
+      return replies
     }
+    const alone = { ...order, most: 1 }
+    await Promise.all(byNode(this.#client, entries).map((ofOneNode) => this.#send(ofOneNode, alone, replies)))
+    // ioredis follows a redirection (slots that moved) only when all of a pipeline is redirected alike, which
+    // holds for one key. Reads and the scripts may all be repeated.
+    const failed = entries.filter(({ key }) => {
+      const reply = replies.get(key)
+      return reply instanceof Error && reply.message !== TIMED_OUT && !isWrongType(reply)
+    })
+    await Promise.all(failed.map((entry) => this.#send([entry], alone, replies)))
     return replies
   }
 
-  /** Cuts entries into batches; in a cluster each holds the keys of one node, or ioredis refuses the pipeline. */
-  #batches<E extends Keyed>(entries: readonly E[], size: number): E[][] {
-    const client = this.#client
-    const byNode = Map.groupBy(entries, ({ key }) =>
-      client instanceof Cluster ? (client.slots[slotOf(key)]?.join() ?? '') : '',
-    )
-    const batches: E[][] = []
-    for (const group of byNode.values()) {
-      for (let at = 0; at < group.length; at += size) batches.push(group.slice(at, at + size))
-    }
-    return batches
-  }
-
-  async #pipeline<E extends Keyed>(
-    batch: readonly E[],
-    width: number,
-    queue: Queue<E>,
+  /** One round trip: a command, or a pipeline of them. */
+  async #send<E extends Keyed>(
+    entries: readonly E[],
+    { most, width, give }: Order<E>,
     replies: Map<string, Reply>,
   ): Promise<void> {
+    if (entries.length === 0) return
     this.counters.roundTrips += 1
-    const pipeline = this.#client.pipeline()
-    for (const entry of batch) queue(pipeline, entry)
-    let results: readonly [Error | null, unknown][]
+    let results: readonly (readonly [Error | null, unknown])[]
     try {
-      results = (await this.#inTime(pipeline.exec())) ?? []
+      if (entries.length <= most) {
+        results = [[null, await this.#inTime(Promise.resolve(give(this.#client, entries)))]]
+      } else {
+        const pipeline = this.#client.pipeline()
+        for (let at = 0; at < entries.length; at += most) give(pipeline, entries.slice(at, at + most))
+        results = (await this.#inTime(pipeline.exec())) ?? []
+      }
     } catch (error) {
-      results = batch.flatMap(() => Array<[Error, unknown]>(width).fill([error as Error, undefined]))
+      results = Array.from({ length: Math.ceil(entries.length / most) }, () => [error as Error, undefined])
     }
-    let [failed, timedOut] = [false, false]
-    for (const [index, { key }] of batch.entries()) {
-      const own = results.slice(index * width, (index + 1) * width)
-      const error = own.find(([failure]) => failure !== null)?.[0]
-      replies.set(key, error ?? own.map(([, result]) => result))
-      if (error?.message === TIMED_OUT) timedOut = true
-      else if (error) failed = true
+    for (const [index, { key }] of entries.entries()) {
+      const [error = null, result] = results[Math.floor(index / most)] ?? []
+      const parts = Array.isArray(result) ? result : [result]
+      const at = (index % most) * width
+      replies.set(key, error ?? parts.slice(at, at + width))
     }
-    if (timedOut) this.counters.timeouts += 1
-    else if (failed) this.counters.errors += 1
+    const errors = results.flatMap(([error]) => error ?? [])
+    if (errors.some(({ message }) => message === TIMED_OUT)) this.counters.timeouts += 1
+    else if (errors.length > 0) this.counters.errors += 1
   }
 
   /**
@@ -373,9 +404,23 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
   }
 }
 
-/** The slot of a cluster that a key is in. */
-export function slotOf(key: string): number {
-  return new Command('get', [key]).getSlot()
+/** What the answer to INFO says. */
+function serverOf(node: string, info: string): RedisServer {
+  const fields = new Map(
+    [...info.matchAll(/^(\w+):(.*?)\r?$/gm)].map(([, name = '', value = '']) => [name, value]),
+  )
+  const number = (name: string) => {
+    const value = Number.parseInt(fields.get(name) ?? '', 10)
+    return Number.isNaN(value) ? undefined : value
+  }
+  return {
+    node,
+    connectedClients: number('connected_clients'),
+    maxClients: number('maxclients'),
+    usedBytes: number('used_memory'),
+    maxBytes: number('maxmemory') || undefined,
+    evicts: fields.get('maxmemory_policy') !== 'noeviction',
+  }
 }
 
 /** What `REDIS_URL=off` puts in the tier's place: every read is a miss with the reason `off`. */
@@ -386,13 +431,38 @@ export const REDIS_OFF: CacheTier = {
   inspect: async () => ({ present: false, skipped: 'off' }),
 }
 
-/**
- * PTTL goes before GET, so that a value which replaces another between the two seems older than it is, never
- * younger.
- */
-function queueRead(pipeline: ChainableCommander, { key }: Keyed): void {
-  pipeline.pttl(key)
-  pipeline.getBuffer(key)
+/** The time that is left and the value, of each key. */
+const READ: Order<Keyed> = {
+  most: KEYS_PER_COMMAND,
+  width: 2,
+  give: (to, entries) => to.readCopiesBuffer(entries.length, ...entries.map(({ key }) => key)),
+}
+
+interface Stored extends Keyed {
+  readonly asOf: number
+  readonly value: Buffer
+  readonly ttlMs: number
+}
+
+const STORE: Order<Stored> = {
+  most: KEYS_PER_COMMAND,
+  width: 0,
+  give: (to, entries) =>
+    to.storeCopies(
+      entries.length,
+      ...entries.map(({ key }) => key),
+      ...entries.flatMap(({ asOf, value, ttlMs }) => [asOf, value, ttlMs]),
+    ),
+}
+
+/** The slot of a cluster that a key is in. */
+export function slotOf(key: string): number {
+  return new Command('get', [key]).getSlot()
+}
+
+/** The entries of each node: a pipeline with keys of several would be refused. */
+function byNode<E extends Keyed>(cluster: Cluster, entries: readonly E[]): readonly (readonly E[])[] {
+  return [...Map.groupBy(entries, ({ key }) => cluster.slots[slotOf(key)]?.join() ?? '').values()]
 }
 
 /** Why there is no reply at all; `undefined` as soon as Redis answered for one key. */
@@ -411,6 +481,7 @@ function isWrongType(error: Error): boolean {
 function lockState(reply: Reply | undefined): LockState {
   const answer = reply instanceof Error ? undefined : reply?.[0]
   if (typeof answer !== 'number' || answer === LOCK_IS_OPEN) return 'free'
+  if (answer === LOCK_IS_HANDED_ON) return 'handed-on'
   return answer === LOCK_IS_OURS ? 'ours' : answer
 }
 
@@ -460,9 +531,9 @@ function connect(
     connectionName: 'itemcache',
     connectTimeout: connectTimeoutMs,
     // For the commands that ioredis sends by itself; ours are given up before. A stopped Redis raises no event of its own.
-    commandTimeout: 3 * commandTimeoutMs,
+    commandTimeout: Math.max(3 * commandTimeoutMs, SILENCE_MS),
     // Gives up a connection that owes replies and is silent, so that its queue does not grow without bound.
-    socketTimeout: 4 * commandTimeoutMs,
+    socketTimeout: Math.max(4 * commandTimeoutMs, SILENCE_MS),
     // How long a closing socket may linger.
     disconnectTimeout: commandTimeoutMs,
     // Commands that were under way when the connection broke fail at once.
@@ -474,7 +545,8 @@ function connect(
     protocol: 2,
   } satisfies CommonRedisOptions & { disconnectTimeout: number }
   const scripts = {
-    storeCopy: { lua: STORE_SCRIPT, numberOfKeys: 1 },
+    readCopies: { lua: READ_SCRIPT },
+    storeCopies: { lua: STORE_SCRIPT },
     takeLock: { lua: LOCK_SCRIPT, numberOfKeys: 1 },
     renewLock: { lua: RENEW_SCRIPT, numberOfKeys: 1 },
     releaseLock: { lua: RELEASE_SCRIPT, numberOfKeys: 1 },

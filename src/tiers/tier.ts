@@ -76,11 +76,12 @@ export interface CacheTier {
  * What asking for the lock of a key gave.
  *
  * - `ours`: everybody else waits until it is released, or its time is over.
+ * - `handed-on`: ours likewise, and another one may have had it just now, so that the key may be loaded.
  * - `free`: nobody need wait. The last holder failed just now, or it is not known who holds the lock: the tier does not
  *   answer. It may be ours all the same, so it is renewed and released as if it were.
  * - a number: another one holds it, for so many milliseconds at most unless it is renewed.
  */
-export type LockState = 'ours' | 'free' | number
+export type LockState = 'ours' | 'handed-on' | 'free' | number
 
 /** One who asks for a key's lock. The token is its own: random, and used for nobody else. */
 export interface LockClaim {
@@ -97,7 +98,10 @@ export interface LoadLocks {
   acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>>
   /** Makes the locks last for their full time again, where they are still the claims' own. */
   renew(tenant: string, claims: readonly LockClaim[]): Promise<void>
-  /** Gives up a lock that is still the claim's own. For `openMs` after a failure, nobody waits for the next one. */
+  /**
+   * Gives up a lock that is still the claim's own: whoever takes it soon is told. For `openMs` after a failure, nobody
+   * waits for the next one.
+   */
   release(tenant: string, claim: LockClaim, openMs: number): Promise<void>
 }
 
@@ -181,7 +185,7 @@ export interface StoreTier {
     query: ListQuery,
     signal?: AbortSignal,
   ): Promise<{ readonly asOf: Revision; readonly items: readonly Snapshot[] }>
-  /** Inserts what the origin knows unless a row exists by now, then reads the rows back in a new statement. */
+  /** Inserts what the origin knows unless a row exists by now, and reads the rows back from a new snapshot. */
   insertLoaded(
     tenant: string,
     loaded: ReadonlyMap<string, ItemDraft>,

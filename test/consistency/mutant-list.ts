@@ -29,6 +29,7 @@ const FLIGHTS = 'src/service/flights.ts'
 const WRITE = 'src/service/write.ts'
 const POSTGRES = 'src/tiers/postgres.ts'
 const STREAMS = 'src/invalidation/subscriptions.ts'
+const LOADED_SQL = 'src/tiers/migrations/0004_insert_loaded.sql'
 const LOG_SQL = 'src/tiers/migrations/0002_change_log.sql'
 
 /** Only the poll brings news, up to half a second late. */
@@ -638,9 +639,9 @@ export const MUTANTS: readonly Mutant[] = [
     rule: 'What the origin knew is inserted only where nothing is',
     edits: [
       {
-        file: POSTGRES,
-        find: `    ON CONFLICT (tenant, id) DO NOTHING\``,
-        put: `    ON CONFLICT (tenant, id) DO UPDATE SET title = EXCLUDED.title, deleted = false\``,
+        file: LOADED_SQL,
+        find: 'ON CONFLICT ON CONSTRAINT items_pkey DO NOTHING',
+        put: 'ON CONFLICT ON CONSTRAINT items_pkey DO UPDATE SET title = EXCLUDED.title, deleted = false',
       },
     ],
     profile: calm({ ...ORIGIN, workload: { sql: 60, read: 60, update: 10 } }),
@@ -651,10 +652,9 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: POSTGRES,
-        find: 'return this.read(tenant, [...loaded.keys()], signal)',
-        put: `const rows = await this.read(tenant, [...loaded.keys()], signal)
-    return new Map(
-      [...rows].map(([id, row]) => {
+        find: 'return snapshotsOf([...loaded.keys()], rows)',
+        put: `return new Map(
+      [...snapshotsOf([...loaded.keys()], rows)].map(([id, row]) => {
         const record = { ...(loaded.get(id) as ItemDraft), id, source: 'ORIGIN' as const, revision: row.revision }
         const bytes = encodeItem({ ...record, createTimeMs: 0, updateTimeMs: 0 })
         return [id, { ...row, state: 'present' as const, bytes }]

@@ -79,7 +79,7 @@ describe('a slow database', () => {
     first.catch(() => undefined)
     await someoneWaits(sql)
     await expect(tier.read(newTenant(), ['a'])).rejects.toMatchObject(late)
-    expect(tier.stats.connections.read).toEqual({ total: 1, idle: 0, waiting: 0 })
+    expect(tier.stats.connections.read).toMatchObject({ total: 1, idle: 0, waiting: 0 })
   })
 
   test('writers that wait for a tenant do not keep anybody from reading', async () => {
@@ -114,7 +114,7 @@ describe('a caller who goes away', () => {
     await lock[Symbol.asyncDispose]()
     // The connection comes back, and nothing is left on it.
     expect((await tier.read(newTenant(), ['a'])).get('a')?.state).toBe('unknown')
-    expect(tier.stats.connections.read).toEqual({ total: 1, idle: 1, waiting: 0 })
+    expect(tier.stats.connections.read).toMatchObject({ total: 1, idle: 1, waiting: 0 })
   })
 
   test('leaves no half of a write behind', async () => {

@@ -203,7 +203,7 @@ describe('a batch', () => {
     const { results } = await service.client.call(
       'batchGetItems',
       { ids: ['1', '2', '3'] },
-      { timeoutMs: 2000 },
+      { timeoutMs: 4000 },
     )
     held.resolve()
     expect(results.map((result) => result.result.case)).toEqual(['item', 'error', 'item'])

@@ -90,6 +90,7 @@ describe('without any variable', () => {
       },
       retention: { maxAgeMs: 86_400_000, maxRows: 1_000_000 },
       probeOneIn: 10_000,
+      metricsTenants: 20,
     })
   })
 

@@ -13,6 +13,7 @@ import { describe, expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import {
   BatchGetItemsResponseSchema,
+  type BatchGetItemsResultSchema,
   CacheOutcome,
   CacheStatusSchema,
   CreateItemResponseSchema,
@@ -57,6 +58,33 @@ const oneOf = <T>(values: Readonly<Record<string, T>>) => fc.constantFrom(...Obj
 /** A message's init with any of its fields left out. */
 const partly = <T>(fields: { [K in keyof T]: fc.Arbitrary<T[K]> }) =>
   fc.record<T, never>(fields, { requiredKeys: [] })
+
+const CODES = {
+  'not-found': status.NOT_FOUND,
+  'ahead-of-log': status.OUT_OF_RANGE,
+  unavailable: status.UNAVAILABLE,
+  timeout: status.DEADLINE_EXCEEDED,
+  exhausted: status.RESOURCE_EXHAUSTED,
+} as const
+
+const NOT_FOUND = {
+  code: status.NOT_FOUND,
+  reason: 'ITEM_NOT_FOUND',
+  message: 'the item does not exist',
+} as const
+
+/** What an `ItemError` says of an error. */
+const wordsOf = ({ code, reason, message, retryAfterMs }: ItemCacheError) => ({
+  code: CODES[code as keyof typeof CODES],
+  reason,
+  message,
+  ...(retryAfterMs !== undefined && {
+    retryDelay: {
+      seconds: BigInt(Math.floor(retryAfterMs / 1000)),
+      nanos: (retryAfterMs % 1000) * 1_000_000,
+    },
+  }),
+})
 
 /** The reader's clock when the answer is given. */
 const NOW_MS = 1e12
@@ -137,7 +165,7 @@ describe('a response that is put together by hand is the one that the generated 
     fc.assert(
       fc.property(result, answer, (one, from) => {
         const given: GetItemResult = one.kind === 'item' ? { kind: 'item', bytes: encoded(one.item) } : one
-        same(GetItemResponseSchema, encodeGetItem(given, from, NOW_MS), {
+        same(GetItemResponseSchema, encodeGetItem(given, from, NOW_MS).message, {
           ...(one.kind === 'item' && { result: { case: 'item', value: one.item } }),
           ...(one.kind === 'not-modified' && { result: { case: 'notModified', value: true } }),
           ...origin(from),
@@ -159,11 +187,7 @@ describe('a response that is put together by hand is the one that the generated 
           ...(one.kind === 'not-found' && {
             result: {
               case: 'error',
-              value: {
-                code: status.NOT_FOUND,
-                reason: 'ITEM_NOT_FOUND',
-                message: 'the item does not exist',
-              },
+              value: NOT_FOUND,
             },
           }),
           ...origin(from),
@@ -184,13 +208,6 @@ describe('a response that is put together by hand is the one that the generated 
   })
 
   test('of BatchGetItems', () => {
-    const CODES = {
-      'not-found': status.NOT_FOUND,
-      'ahead-of-log': status.OUT_OF_RANGE,
-      unavailable: status.UNAVAILABLE,
-      timeout: status.DEADLINE_EXCEEDED,
-      exhausted: status.RESOURCE_EXHAUSTED,
-    } as const
     const error = fc
       .record({
         code: fc.constantFrom(...(Object.keys(CODES) as (keyof typeof CODES)[])),
@@ -207,42 +224,27 @@ describe('a response that is put together by hand is the one that the generated 
       )
     const result = fc.record({
       id: text,
-      result: fc.oneof(item, error, fc.constant(undefined)),
-      answer: fc.option(answer, { nil: undefined }),
+      from: fc.oneof(error, answer),
+      item: fc.option(item, { nil: undefined }),
     })
     fc.assert(
       fc.property(fc.array(result, { maxLength: 6 }), (results) => {
-        const given = results.map(
-          ({ id, result, answer }): BatchResult => ({
-            id,
-            item: result instanceof ItemCacheError || !result ? undefined : encoded(result),
-            error: result instanceof ItemCacheError ? encodeItemError(result) : undefined,
-            answer,
-          }),
-        )
-        same(BatchGetItemsResponseSchema, encodeBatch(given, NOW_MS), {
-          results: results.map((one) => ({
-            id: one.id,
-            ...(one.result instanceof ItemCacheError
-              ? {
-                  result: {
-                    case: 'error' as const,
-                    value: {
-                      code: CODES[one.result.code as keyof typeof CODES],
-                      reason: one.result.reason,
-                      message: one.result.message,
-                      ...(one.result.retryAfterMs !== undefined && {
-                        retryDelay: {
-                          seconds: BigInt(Math.floor(one.result.retryAfterMs / 1000)),
-                          nanos: (one.result.retryAfterMs % 1000) * 1_000_000,
-                        },
-                      }),
-                    },
-                  },
-                }
-              : one.result && { result: { case: 'item' as const, value: one.result } }),
-            ...(one.answer && { cache: statusOf(one.answer) }),
-          })),
+        const given = results.map(({ from, item: held }): BatchResult => {
+          if (from instanceof ItemCacheError) return encodeItemError(from)
+          return { ...from, copy: from.copy && { ...from.copy, bytes: held && encoded(held) } }
+        })
+        const ids = results.map(({ id }) => id)
+        same(BatchGetItemsResponseSchema, encodeBatch(ids, given, undefined, NOW_MS).message, {
+          results: results.map(
+            ({ id, from, item: held }): MessageInitShape<typeof BatchGetItemsResultSchema> => {
+              if (from instanceof ItemCacheError)
+                return { id, result: { case: 'error', value: wordsOf(from) } }
+              const cache = statusOf(from)
+              if (from.copy === undefined) return { id, cache }
+              if (held !== undefined) return { id, cache, result: { case: 'item', value: held } }
+              return { id, cache, result: { case: 'error', value: NOT_FOUND } }
+            },
+          ),
         })
       }),
     )
@@ -252,7 +254,7 @@ describe('a response that is put together by hand is the one that the generated 
     fc.assert(
       fc.property(fc.array(item, { maxLength: 5 }), text, answer, (items, token, from) => {
         const page = encodePage({ items: items.map(snapshot), nextPageToken: token })
-        same(ListItemsResponseSchema, encodeList(page, from, NOW_MS), {
+        same(ListItemsResponseSchema, encodeList(page, from, NOW_MS).message, {
           items,
           nextPageToken: token,
           ...origin(from),
@@ -265,7 +267,7 @@ describe('a response that is put together by hand is the one that the generated 
     fc.assert(
       fc.property(item, revision, (one, at) => {
         for (const schema of [CreateItemResponseSchema, UpdateItemResponseSchema]) {
-          same(schema, encodeWritten(encoded(one), at), { item: one, revision: BigInt(at) })
+          same(schema, encodeWritten(encoded(one), at).message, { item: one, revision: BigInt(at) })
         }
       }),
     )

@@ -218,6 +218,7 @@ function gatedRedis(copies: MemoryTier, gate: Gate): CacheTier {
 /** Locks that are given and taken late, like everything else. What is lost is as if their time were over. */
 class Locks implements LoadLocks {
   readonly held = new Map<string, string>()
+  readonly #handedOn = new Set<string>()
   readonly #gate: Gate
 
   constructor(gate: Gate) {
@@ -229,8 +230,9 @@ class Locks implements LoadLocks {
     const states = new Map<string, LockState>()
     for (const { id, token } of claims) {
       const holder = this.held.get(id) ?? token
+      const isHandedOn = !this.held.has(id) && this.#handedOn.delete(id)
       this.held.set(id, holder)
-      states.set(id, holder === token ? 'ours' : NEVER_MS)
+      states.set(id, isHandedOn ? 'handed-on' : holder === token ? 'ours' : NEVER_MS)
     }
     await this.#gate('lock answered')
     return states
@@ -238,7 +240,9 @@ class Locks implements LoadLocks {
 
   async release(_: string, { id, token }: { id: string; token: string }) {
     await this.#gate('unlock')
-    if (this.held.get(id) === token) this.held.delete(id)
+    if (this.held.get(id) !== token) return
+    this.held.delete(id)
+    this.#handedOn.add(id)
   }
 
   async renew() {}
@@ -311,6 +315,7 @@ function instance(
     failureTtlMs: 0,
     lockTtlMs: NEVER_MS,
     earlyRefresh: 0,
+    largeReads: 1,
     rolloutPercent: 100,
     now,
     random,
@@ -1080,4 +1085,49 @@ test('a reader who comes after all others have left, before their load began, is
   const group = await departed.promise
   expect(group.flights).toEqual([flight])
   expect(group.signal.aborted).toBe(false)
+})
+
+describe('flights that are started', () => {
+  const TURNS = 12
+  /** The groups that depart, by the number of their flights, after each turn of the event loop in which some are started. */
+  async function groupsOf(...starts: readonly number[]): Promise<number[][]> {
+    const departed: number[] = []
+    const flights = new Flights((group) => departed.push(group.flights.length))
+    let ids = 0
+    const after: number[][] = []
+    for (const start of [...starts, ...Array<number>(TURNS).fill(0)]) {
+      for (let i = 0; i < start; i++) flights.join(TENANT, `${++ids}`, 'cached', {}).flight.board()
+      await turn()
+      after.push(departed.splice(0))
+    }
+    return after.slice(0, after.findLastIndex((groups) => groups.length > 0) + 1)
+  }
+
+  test('alone leave at once', async () => {
+    expect(await groupsOf(1)).toEqual([[1]])
+    expect(await groupsOf(1, 1, 1)).toEqual([[1], [1], [1]])
+  })
+
+  test('together wait for one turn more, and for as long as each turn doubles them, and leave together', async () => {
+    expect(await groupsOf(2)).toEqual([[], [2]])
+    expect(await groupsOf(10, 82, 408)).toEqual([[], [], [500]])
+    expect(await groupsOf(2, 2, 4, 8, 16)).toEqual([[], [], [], [], [], [32]])
+  })
+
+  test('one after the other, turn by turn, wait for two turns at most', async () => {
+    expect(await groupsOf(5, 5, 5, 5, 5, 5)).toEqual([[], [], [15], [], [], [15]])
+  })
+
+  test('by the hundreds leave 500 at a time', async () => {
+    expect(await groupsOf(1200)).toEqual([[500, 500], [200]])
+  })
+
+  test('by one tenant keep nobody else’s waiting', async () => {
+    const departed: Group[] = []
+    const flights = new Flights((group) => departed.push(group))
+    for (let i = 0; i < 100; i++) flights.join('many', `${i}`, 'cached', {}).flight.board()
+    flights.join('one', 'a', 'cached', {}).flight.board()
+    await turn()
+    expect(departed.map(({ tenant }) => tenant)).toEqual(['one'])
+  })
 })

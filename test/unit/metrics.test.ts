@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { LatencyHistogram, Metrics } from '../../src/observe/metrics.ts'
+import { LatencyHistogram, Metrics, SIZE_BOUNDS, SizeHistogram } from '../../src/observe/metrics.ts'
 import { prometheusText } from '../../src/observe/prometheus.ts'
 
 const GET = '/itemcache.v1.ItemCacheService/GetItem'
@@ -279,5 +279,39 @@ describe('the Prometheus text', () => {
     expect(samples.get(`grpc_server_call_duration_seconds_sum{${labels}}`)).toBeCloseTo(0.70504)
     expect(samples.get(`grpc_server_call_duration_seconds_count{${labels}}`)).toBe(4)
     expect(samples.get('itemcache_tier_latency_seconds_count{tier="postgres"}')).toBe(1)
+  })
+})
+
+describe('sizes', () => {
+  test('lie in the bucket of the first bound that they do not exceed', () => {
+    fc.assert(
+      fc.property(fc.array(fc.nat({ max: 2 ** 34 })), (sizes) => {
+        const histogram = new SizeHistogram()
+        for (const bytes of sizes) histogram.record(bytes)
+        expect(histogram.countsAtMost()).toEqual(
+          SIZE_BOUNDS.map((bound) => sizes.filter((bytes) => bytes <= bound).length),
+        )
+        expect(histogram.count).toBe(sizes.length)
+        expect(histogram.sum).toBe(sizes.reduce((sum, bytes) => sum + bytes, 0))
+      }),
+    )
+  })
+})
+
+describe('tenants', () => {
+  test('are counted by name up to the number that was set, and the others together', () => {
+    const metrics = new Metrics({ methods: [], maxTenants: 2 })
+    for (const tenant of ['a', 'b', 'c', 'other', 'a']) metrics.tenant(tenant).calls++
+    expect(metrics.tenants.map(([name, { calls }]) => [name, calls])).toEqual([
+      ['a', 2],
+      ['b', 1],
+      ['other', 2],
+    ])
+  })
+
+  test('are all counted together when none is to be named', () => {
+    const metrics = new Metrics({ methods: [] })
+    for (const tenant of ['a', 'b']) metrics.tenant(tenant).calls++
+    expect(metrics.tenants.map(([name, { calls }]) => [name, calls])).toEqual([['other', 2]])
   })
 })
