@@ -23,6 +23,9 @@ const ROOT = join(import.meta.dirname, '..')
 
 export interface Bed extends AsyncDisposable {
   readonly databaseUrl: string
+  /** Where PostgreSQL and Redis listen: paths of Unix sockets. */
+  readonly databaseSocket: string
+  readonly redisSocket: string
   readonly redisUrl: string
   readonly versions: string
   /** A connection to PostgreSQL, closed with the bed. */
@@ -97,6 +100,8 @@ export async function startBed(): Promise<Bed> {
   }
   return {
     databaseUrl: postgres.url,
+    databaseSocket: join(new URL(postgres.url).searchParams.get('host') ?? '', '.s.PGSQL.5432'),
+    redisSocket: redis.url.replace(/^unix:/, ''),
     redisUrl: redis.url,
     versions: `node ${process.version}, PostgreSQL ${postgres.version}, ${redis.version}, ${cpus().length} cores of ${cpus()[0]?.model ?? '?'}`,
     sql,

@@ -1,5 +1,5 @@
 /** What becomes of measurements: medians, ratios, verdicts, and one table of them all. */
-import type { Row } from './rows.ts'
+import type { Bound, Row } from './rows.ts'
 
 /** What a case found for one row, in the row's unit. */
 export interface Measured {
@@ -19,6 +19,7 @@ export interface Result extends Omit<Measured, 'ratio'> {
   readonly unit: string
   readonly peerName: string
   readonly target: string
+  readonly bound: Bound | undefined
   readonly ratio: number | undefined
   /** Undefined: the row has no target, it is there to be seen. */
   readonly met: boolean | undefined
@@ -57,6 +58,7 @@ export function judge(row: Row, measured: Measured): Result {
     unit: row.unit,
     peerName: row.peer,
     target: row.target,
+    bound,
     ratio,
     met,
   }

@@ -202,4 +202,123 @@ export const CASES: readonly Case[] = [
     ],
     load: () => import('./load/stampede.ts'),
   },
+  {
+    name: 'gc',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'gc',
+        work: 'GetItem, hot, memory full of items of 320 bytes: p99.9',
+        unit: 'ms',
+        peer: 'memory with 10,000 entries',
+        target: '≤ 1.5 ×',
+        bound: most(1.5),
+      },
+    ],
+    load: () => import('./rpc/gc.ts'),
+  },
+  {
+    name: 'zipf',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'zipf-sql',
+        work: 'Zipf 0.99, memory holds 10 %, Redis all, 5 % writes: SQL reads saved',
+        unit: '%',
+        peer: 'no cache',
+        target: '≥ 99 %',
+        bound: { of: 'ours', least: 99 },
+      },
+      ...(
+        [
+          ['no cache', 'PostgreSQL for every request', '≥ 5 ×', 5],
+          ['Redis cache-aside', 'Redis cache-aside', '≥ 2 ×', 2],
+          ['bentocache', 'bentocache behind a grpc-js edge', '≥ 1 ×', 1],
+          ['cacheable', 'cacheable behind a grpc-js edge', '≥ 1 ×', 1],
+        ] as const
+      ).map(([kind, peer, target, limit]) => ({
+        id: `zipf-${kind}`,
+        work: 'the same: reads per CPU second of the serving process',
+        unit: '/s',
+        peer,
+        target,
+        bound: least(limit),
+      })),
+    ],
+    load: () => import('./peers/zipf.ts'),
+  },
+  {
+    name: 'callers',
+    needs: ['ghz'],
+    representative: true,
+    rows: [
+      {
+        id: 'callers-failed',
+        work: '200 concurrent callers, ghz: calls that failed',
+        unit: '',
+        peer: '',
+        target: '0',
+        bound: atMost(0),
+      },
+      {
+        id: 'callers-p99',
+        work: 'the same at half of that rate: p99',
+        unit: 'ms',
+        peer: '',
+        target: '≤ 10 ms',
+        bound: atMost(10),
+      },
+    ],
+    load: () => import('./load/callers.ts'),
+  },
+  {
+    name: 'flat',
+    needs: ['h2load'],
+    representative: true,
+    rows: [
+      {
+        id: 'flat-entries',
+        work: 'GetItem, hot, any of many entries: server CPU per call',
+        unit: 'µs',
+        peer: 'of 1,000 entries',
+        target: '0.9 to 1.1 ×',
+        bound: { of: 'ratio', least: 0.9, most: 1.1 },
+      },
+      {
+        id: 'flat-connections',
+        work: 'GetItem, hot, 200 connections: server CPU per call',
+        unit: 'µs',
+        peer: '1 connection',
+        target: '0.9 to 1.1 ×',
+        bound: { of: 'ratio', least: 0.9, most: 1.1 },
+      },
+    ],
+    load: () => import('./rpc/flat.ts'),
+  },
+  {
+    name: 'peak',
+    needs: [],
+    representative: true,
+    rows: [
+      {
+        id: 'cold',
+        work: 'Cold start until hot, calls at a fixed rate: p99',
+        unit: 'ms',
+        peer: 'at the start',
+        target: '',
+        bound: undefined,
+      },
+      {
+        id: 'peak',
+        work: 'Double the usual peak, caches on: p99',
+        unit: 'ms',
+        peer: 'caches off',
+        target: '',
+        bound: undefined,
+      },
+    ],
+    load: () => import('./peers/peak.ts'),
+  },
 ]

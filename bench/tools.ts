@@ -1,7 +1,7 @@
 /** The load generators that are programs of others: on the PATH, where Go puts them, or in a container. */
 import { execFile, spawnSync } from 'node:child_process'
 import { accessSync, constants } from 'node:fs'
-import { homedir } from 'node:os'
+import { homedir, tmpdir } from 'node:os'
 import { delimiter, join } from 'node:path'
 import { LOAD_CORE } from './control.ts'
 
@@ -15,6 +15,8 @@ export const INSTALL: Readonly<Record<ToolName, string>> = {
 
 /** `docker build` of bench/tools makes it: both programs, and nothing else. */
 const IMAGE = 'itemcache-bench-tools'
+
+const ROOT = join(import.meta.dirname, '..')
 
 const found = new Map<ToolName, readonly string[] | undefined>()
 
@@ -37,8 +39,21 @@ function find(name: ToolName): readonly string[] | undefined {
   }
   if (spawnSync('docker', ['image', 'inspect', IMAGE], { stdio: 'ignore' }).status !== 0) return undefined
   const core = LOAD_CORE === undefined ? [] : ['--cpuset-cpus', `${LOAD_CORE}`]
-  // Files are named by their paths here, and lie below the directory for temporary ones.
-  return ['docker', 'run', '--rm', '--network', 'host', ...core, '-v', '/tmp:/tmp', IMAGE, name]
+  // Files are named by their paths here: requests are temporary files, and ghz reads the proto.
+  return [
+    'docker',
+    'run',
+    '--rm',
+    '--network',
+    'host',
+    ...core,
+    '-v',
+    `${tmpdir()}:${tmpdir()}`,
+    '-v',
+    `${ROOT}:${ROOT}:ro`,
+    IMAGE,
+    name,
+  ]
 }
 
 export function has(name: ToolName): boolean {

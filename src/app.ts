@@ -8,15 +8,23 @@ import { ItemCacheError } from './errors.ts'
 import { Subscriptions } from './invalidation/subscriptions.ts'
 import { Tail } from './invalidation/tail.ts'
 import { startAdmin } from './observe/admin.ts'
-import type { Logger } from './observe/log.ts'
+import { Feed } from './observe/feed.ts'
+import { History } from './observe/history.ts'
+import type { MemoryUse, Part } from './observe/live-message.ts'
+import { LivePage } from './observe/live-page.ts'
+import { changeLevel, type Logger } from './observe/log.ts'
 import { Metrics } from './observe/metrics.ts'
 import { prometheusText } from './observe/prometheus.ts'
+import { RequestLog } from './observe/request-log.ts'
+import type { RunningTracing } from './observe/tracing-sdk.ts'
 import { startAuth } from './rpc/auth.ts'
+import { inspectJson } from './rpc/inspect-message.ts'
 import { RateLimit } from './rpc/rate-limit.ts'
 import { RPC_METHODS, startGrpcServer } from './rpc/server.ts'
 import { TlsCredentials } from './rpc/tls.ts'
 import { Unsent } from './rpc/unsent.ts'
 import { MAX_FLIGHTS } from './service/flights.ts'
+import type { InspectedParts } from './service/inspect.ts'
 import { Probe } from './service/probe.ts'
 import { Reader } from './service/read.ts'
 import { Writer } from './service/write.ts'
@@ -24,7 +32,7 @@ import { type BreakerState, GuardedOrigin, GuardedRedis, GuardedStore } from './
 import { MemoryTier } from './tiers/memory.ts'
 import { FakeStoreOrigin } from './tiers/origin.ts'
 import { connectPostgres, type PostgresTier } from './tiers/postgres.ts'
-import { REDIS_OFF, RedisTier } from './tiers/redis.ts'
+import { REDIS_OFF, type RedisServer, RedisTier } from './tiers/redis.ts'
 import { describeRedis } from './tiers/redis-url.ts'
 import type { LogSource, TierName } from './tiers/tier.ts'
 
@@ -32,8 +40,10 @@ import type { LogSource, TierName } from './tiers/tier.ts'
 export interface App extends AsyncDisposable {
   /** Where gRPC is served, with the port that was really bound. */
   readonly address: HostPort
-  /** Where health and metrics are served over HTTP; `undefined` when that is off. */
+  /** Where health, metrics and the live page are served over HTTP; `undefined` when that is off. */
   readonly admin: HostPort | undefined
+  /** Whether there is a live page. */
+  readonly livePage: boolean
   /** What each tier is, in words for the start banner. */
   readonly tiers: Readonly<Record<TierName, string>>
   /** What callers need, for the examples of the start banner. */
@@ -84,6 +94,8 @@ const TRIM_BUSY_MS = 100
 const TRIM_IDLE_MS = 60_000
 const HEALTH_INTERVAL_MS = 1_000
 const HEALTH_PATIENCE_MS = 2_000
+/** How often Redis is asked what it takes, while somebody looks. */
+const REDIS_MEMORY_MS = 5_000
 /** How often the files of TLS are looked at. */
 const TLS_INTERVAL_MS = 5_000
 
@@ -112,6 +124,9 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     ),
   )
 
+  const sdk = config.tracing && (await startTracing(config, config.tracing, servers, log))
+  const tracing = sdk?.tracing
+
   const notes = [...servers.notes]
   const note = (text: string) => {
     notes.push(text)
@@ -134,6 +149,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     now,
     random,
   })
+  // There is no page yet.
+  let tellPage = () => {}
   const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
     ...config.breaker,
     onStateChange: (state: BreakerState, shard: string) => {
@@ -141,6 +158,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       const which = { tier, breaker: state, ...(shard !== '' && { shard }) }
       if (state === 'CLOSED') log.info(which, 'the circuit breaker is closed')
       else log.warn(which, 'the circuit breaker is not closed')
+      tellPage()
     },
   })
   const connected =
@@ -159,6 +177,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             onStateChange: (state, reason) => {
               if (state === 'ready') log.info({ tier: 'redis' }, 'Redis is ready')
               else log.warn({ tier: 'redis', reason }, 'Redis is down: the service goes on without it')
+              tellPage()
             },
           }),
         )
@@ -199,6 +218,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       source: postgres,
       metrics,
       log,
+      tracing,
       now,
       pollMs: POLL_MS,
       maxTenants: bounds.tenants,
@@ -231,7 +251,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     })
   const probe = new Probe({ postgres, metrics, log, now, random, oneIn: config.probeOneIn })
   const caches = { memory, redis: redis ?? REDIS_OFF, locks: redis }
-  const parts = { probe, ...caches, postgres: store, origin, tail, metrics }
+  const parts = { probe, ...caches, postgres: store, origin, tail, metrics, tracing }
   const reader = new Reader(parts, {
     freshForMs: ttl.freshForMs,
     negativeTtlMs: ttl.negativeMs,
@@ -248,12 +268,34 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     now,
     random,
   })
+  // Its last spans are sent when what goes on behind answers has settled.
+  if (sdk !== undefined) started.use(sdk)
   started.defer(() => Promise.race([reader.settled(), sleep(SETTLE_PATIENCE_MS, undefined, { ref: false })]))
   const writer = new Writer({ reader, postgres: store, origin, tail })
 
   let draining = false
   let postgresAnswers = true
   const isServing = () => postgresAnswers || connected?.state === 'ready' || memory.stats().entries > 0
+  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
+  const page =
+    config.admin === undefined || config.livePage.to === 'nobody'
+      ? undefined
+      : started.use(
+          livePage(config, log, {
+            metrics,
+            memory,
+            connected,
+            redis,
+            store,
+            origin,
+            tail,
+            subscriptions,
+            unsent,
+            inspected: parts,
+            health: () => ({ ready: isServing() && !draining, draining, postgresAnswers }),
+          }),
+        )
+  if (page !== undefined) tellPage = () => page.changed()
   const admin =
     config.admin &&
     started.use(
@@ -278,6 +320,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
           redis: connected && { counters: connected.counters, servers: () => connected.servers() },
           certificateEndsAtMs: () => tls?.endsAtMs,
         }),
+        page,
         ready: async () => ({
           ready: isServing() && !draining,
           detail: {
@@ -289,10 +332,10 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
             breakers: { redis: redis?.state, postgres: store.state, origin: origin?.state },
           },
         }),
+        logLevel: { get: () => log.level, set: (level) => changeLevel(log, level) },
         onError: (error) => log.error({ err: error }, 'the admin server failed'),
       }),
     )
-  const unsent = new Unsent(config.grpc.maxAnswerMemoryBytes)
   const grpc = await startGrpcServer(
     {
       listen: config.listen,
@@ -301,6 +344,8 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
       tls,
       frame: {
         log,
+        requests: new RequestLog({ log, ...config.requestLog, now, random }),
+        tracing,
         metrics,
         auth,
         rateLimit,
@@ -312,6 +357,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     },
     { reader, writer, postgres: store, subscriptions, inspected: parts },
   )
+  tracing?.serves(grpc.address)
   metrics.held = () => ({
     unsent_bytes: unsent.bytes,
     streams: grpc.streams(),
@@ -323,6 +369,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
     waiting_reads: postgres.stats.connections.read.waiting,
     waiting_writes: postgres.stats.connections.write.waiting,
     rate_limit_tenants: rateLimit?.tenants ?? 0,
+    live_pages: page?.listeners ?? 0,
   })
   started.defer(async () => {
     log.info('draining')
@@ -331,11 +378,13 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   })
   started.use(
     watchPostgres(postgres, (answers) => {
-      if (answers !== postgresAnswers) {
+      const changed = answers !== postgresAnswers
+      if (changed) {
         if (answers) log.info({ tier: 'postgres' }, 'PostgreSQL answers again')
         else log.warn({ tier: 'postgres' }, 'PostgreSQL does not answer: warm items are still served')
       }
       postgresAnswers = answers
+      if (changed) tellPage()
       grpc.setServing(isServing())
     }),
   )
@@ -350,6 +399,7 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   return {
     address: grpc.address,
     admin: admin?.address,
+    livePage: page !== undefined,
     tiers: {
       memory: config.memory.enabled ? `up to ${config.memory.maxEntries} items` : 'off',
       redis: redis === undefined ? 'off' : `${servers.redis.description}, ${connected?.state}`,
@@ -369,6 +419,26 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
 
 const OPEN =
   'ITEMCACHE_INSECURE is set: whoever reaches the addresses above may read and write without TLS or a credential, where these are not configured.'
+
+/** Traces, as `OTEL_*` say. Loads what makes them, which nobody else does. */
+async function startTracing(
+  config: Config,
+  env: Readonly<Record<string, string>>,
+  servers: { readonly postgres: Server; readonly redis: Server; readonly origin: Server },
+  log: Logger,
+): Promise<RunningTracing> {
+  const sdk = await import('./observe/tracing-sdk.ts')
+  return sdk.startTracing({
+    env,
+    version: config.version,
+    log,
+    tiers: {
+      redis: { 'db.system.name': 'redis', ...sdk.serverOf(servers.redis.url) },
+      postgres: { 'db.system.name': 'postgresql', ...sdk.serverOf(servers.postgres.url) },
+      origin: sdk.serverOf(servers.origin.url),
+    },
+  })
+}
 
 function every(ms: number, action: () => void): Disposable {
   const timer = setInterval(action, ms)
@@ -517,6 +587,111 @@ function keepTrimmed(source: LogSource, retention: Config['retention'], log: Log
   }
 }
 
+/** What the live page shows. */
+interface Shown {
+  readonly metrics: Metrics
+  readonly memory: MemoryTier
+  readonly connected: RedisTier | undefined
+  readonly redis: GuardedRedis | undefined
+  readonly store: GuardedStore
+  readonly origin: GuardedOrigin | undefined
+  readonly tail: Tail
+  readonly subscriptions: Subscriptions
+  readonly unsent: Unsent
+  readonly inspected: InspectedParts
+  readonly health: () => {
+    readonly ready: boolean
+    readonly draining: boolean
+    readonly postgresAnswers: boolean
+  }
+}
+
+function livePage(config: Config, log: Logger, shown: Shown): LivePage {
+  const { metrics, memory, connected, redis, store, origin, tail, health } = shown
+  const now = Date.now
+  const feed = new Feed(now)
+  tail.follow(feed)
+  const states = (): Part[] => [
+    { name: 'memory', state: memory.enabled ? 'ready' : 'off' },
+    { name: 'redis', state: connected?.state ?? 'off', ...(redis && { breaker: redis.state }) },
+    { name: 'postgres', state: health().postgresAnswers ? 'ready' : 'down', breaker: store.state },
+    { name: 'origin', state: origin ? 'on' : 'off', ...(origin && { breaker: origin.state }) },
+    { name: 'log', state: tail.failing ? 'down' : 'ready' },
+  ]
+  const redisServers = remembered(REDIS_MEMORY_MS, async () => connected?.servers())
+  const memoryUse = (): MemoryUse => {
+    const { entries, bytes, evictions } = memory.stats()
+    const { maxEntries, maxBytes } = config.memory
+    const inRedis = inAll(redisServers() ?? [])
+    const { rss, heapUsed } = process.memoryUsage()
+    return {
+      memory: {
+        on: memory.enabled,
+        entries,
+        maxEntries,
+        bytes,
+        maxBytes,
+        evictions: evictions.entries + evictions.bytes,
+      },
+      ...(inRedis && { redis: inRedis }),
+      process: { residentBytes: rss, heapBytes: heapUsed },
+      unsentBytes: shown.unsent.bytes,
+      ringBytes: shown.subscriptions.held().ring_bytes,
+    }
+  }
+  return new LivePage({
+    version: config.version,
+    access: config.livePage,
+    history: new History({ metrics, parts: states, now }),
+    feed,
+    now: () => {
+      const { ready, draining } = health()
+      return {
+        timeMs: now(),
+        startMs: metrics.startTimeMs,
+        ready,
+        draining,
+        parts: states(),
+        violations: metrics.probes.violation,
+        openCalls: metrics.openCalls,
+        subscribers: metrics.subscribers,
+        memory: memoryUse(),
+      }
+    },
+    inspect: (tenant, id) => inspectJson(shown.inspected, metrics, tenant, id),
+    onError: (error) => log.error({ err: error }, 'the live page failed'),
+  })
+}
+
+/** What the servers of a Redis take together; `undefined` when one does not tell, or there is none. */
+function inAll(servers: readonly RedisServer[]): MemoryUse['redis'] {
+  const used = servers.map(({ usedBytes }) => usedBytes ?? Number.NaN)
+  const most = servers.map(({ maxBytes }) => maxBytes ?? Number.NaN)
+  const [usedBytes, maxBytes] = [used, most].map((sizes) => sizes.reduce((sum, size) => sum + size, 0))
+  if (servers.length === 0 || usedBytes === undefined || Number.isNaN(usedBytes)) return undefined
+  return { usedBytes, ...(maxBytes !== undefined && !Number.isNaN(maxBytes) && { maxBytes }) }
+}
+
+/** The last answer; the next one is asked for when somebody wants to know and the last is older than `ms`. */
+function remembered<T>(ms: number, ask: () => Promise<T>): () => T | undefined {
+  let answer: T | undefined
+  let askedAtMs = Number.NEGATIVE_INFINITY
+  return () => {
+    if (performance.now() - askedAtMs >= ms) {
+      askedAtMs = performance.now()
+      ask().then(
+        (found) => {
+          answer = found
+        },
+        () => {
+          answer = undefined
+        },
+      )
+    }
+    return answer
+  }
+}
+
 function observe(metrics: Metrics, memory: MemoryTier): void {
   metrics.tiers.memory.gauges = () => {
     const { entries, bytes, evictions, expirations } = memory.stats()
@@ -531,7 +706,7 @@ export function banner(app: App): string {
   const { tls, credential } = app.needs
   const flags = `${tls ? '-cacert ca.pem' : '-plaintext'}${credential ? ' -H "authorization: Bearer $TOKEN"' : ''}`
   return [
-    `ItemCache serves gRPC on ${address}${app.admin ? `, health and metrics on http://${formatAddress(app.admin)}` : ''}`,
+    `ItemCache serves gRPC on ${address}${app.admin ? `, ${app.livePage ? 'health, metrics and a live page' : 'health and metrics'} on http://${formatAddress(app.admin)}` : ''}`,
     '',
     `  memory     ${memory}`,
     `  Redis      ${redis}`,

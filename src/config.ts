@@ -58,10 +58,16 @@ export interface TlsFiles {
   readonly clientCa: string | undefined
 }
 
-const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'] as const
+export const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'] as const
 
 /** From the most to the least talkative. */
 export type LogLevel = (typeof LOG_LEVELS)[number]
+
+/** Who may open the live page, and under which names besides addresses and localhost; names in lower case. */
+export interface LivePageAccess {
+  readonly to: 'nobody' | 'this-machine' | 'anybody'
+  readonly names: readonly string[]
+}
 
 /** Everything that can be set. `VARIABLES` holds each field's default and meaning. */
 export interface Config {
@@ -69,12 +75,20 @@ export interface Config {
   readonly listen: HostPort
   /** `undefined`: no admin server. */
   readonly admin: HostPort | undefined
+  readonly livePage: LivePageAccess
   readonly auth: AuthScheme
   /** `undefined`: no TLS. */
   readonly tls: TlsFiles | undefined
   readonly insecure: boolean
   readonly reflection: boolean
   readonly logLevel: LogLevel
+  readonly requestLog: {
+    /** One in so many calls that memory answers has a line; 0: none. */
+    readonly hitsOneIn: number
+    readonly slowMs: number
+  }
+  /** The variables of OpenTelemetry, when they switch tracing on. */
+  readonly tracing: Readonly<Record<string, string>> | undefined
   /** An absolute path. */
   readonly dataDir: string
   readonly database: DatabaseTarget
@@ -354,6 +368,20 @@ function addressOrOff(text: string): HostPort | undefined {
   }
 }
 
+function livePageAccess(text: string): LivePageAccess {
+  if (text === 'off') return { to: 'nobody', names: [] }
+  if (text === 'local') return { to: 'this-machine', names: [] }
+  if (text === 'any') return { to: 'anybody', names: [] }
+  const names = text.toLowerCase().split(',')
+  // One dot at least, so that a misspelt word is none.
+  if (!names.every((name) => /^[a-z0-9-]+(\.[a-z0-9-]+)+$/.test(name))) {
+    throw new BrokenRule(
+      'must be local, any, off, or host names with a dot, by which others may open it too (cache.example.com,…)',
+    )
+  }
+  return { to: 'anybody', names }
+}
+
 /** The parsed URL if its scheme is one of `schemes`, and it has a host unless `hostless`. */
 function urlOf(text: string, schemes: readonly string[], hostless = false): URL | undefined {
   if (!schemes.some((scheme) => text.startsWith(`${scheme}://`))) return undefined
@@ -468,8 +496,16 @@ const TABLE = {
     name: 'ITEMCACHE_ADMIN_LISTEN',
     group: WHERE,
     default: '127.0.0.1:9464',
-    description: 'Address of /healthz, /readyz and /metrics over HTTP; off disables them.',
+    description: 'Address of /healthz, /readyz, /metrics and the live page over HTTP; off disables them.',
     parse: addressOrOff,
+  },
+  livePage: {
+    name: 'ITEMCACHE_LIVE_PAGE',
+    group: WHERE,
+    default: 'local',
+    description:
+      'Who may open the live page at / of the admin address, which names items of all tenants. local: callers on this machine; any: whoever reaches it; host names, with commas: the same, and under these names too; off: nobody.',
+    parse: livePageAccess,
   },
   auth: {
     name: 'ITEMCACHE_AUTH',
@@ -521,8 +557,23 @@ const TABLE = {
     name: 'ITEMCACHE_LOG_LEVEL',
     group: WHERE,
     default: 'info',
-    description: `The least level that is logged, as JSON on stderr: ${LOG_LEVELS.join(', ')}. At debug, every request.`,
+    description: `The least level that is logged, as JSON on stderr: ${LOG_LEVELS.join(', ')}. At debug, every request. It can be changed while the service runs.`,
     parse: oneOf(...LOG_LEVELS),
+  },
+  logHitsOneIn: {
+    name: 'ITEMCACHE_LOG_HITS_ONE_IN',
+    group: WHERE,
+    default: '1000',
+    description:
+      'One in so many calls that memory answers is logged at info; 0: none. Other calls are, as far as the log takes them.',
+    parse: count(0, 1_000_000_000),
+  },
+  logSlow: {
+    name: 'ITEMCACHE_LOG_SLOW',
+    group: WHERE,
+    default: '500ms',
+    description: 'A call that takes this long is logged as a warning, whatever it was.',
+    parse: duration(1, 720 * HOUR),
   },
   memoryEnabled: {
     name: 'ITEMCACHE_MEMORY',
@@ -898,6 +949,7 @@ export function helpText(): string {
     '',
     'Set by environment variables, or by a file .env in the working directory (the environment wins).',
     'Durations carry a unit (150ms, 5s, 2m, 1h); sizes may (512KiB, 256MiB). An empty variable counts as unset.',
+    'Traces are switched on by the variables of OpenTelemetry (OTEL_EXPORTER_OTLP_ENDPOINT): docs/tracing.md.',
   ]
   for (const [group, variables] of Map.groupBy(VARIABLES, (variable) => variable.group)) {
     lines.push('', group)
@@ -929,7 +981,7 @@ export function parseConfig(env: Readonly<NodeJS.ProcessEnv>, cwd = process.cwd(
       values[key] = variable.parse(variable.default)
     }
   }
-  const config = build(values as Values, cwd)
+  const config = build(values as Values, env, cwd)
   problems.push(...halfTls(values as Values))
   problems.push(...contradictions(config, new Set(problems.map(({ variable }) => variable))))
   if (problems.length > 0) throw new ConfigError(problems)
@@ -961,17 +1013,33 @@ export function withoutPasswords(text: string): string {
     .replace(/([?&][^=&\s]*(?:pass|secret|token|key)[^=&\s]*=)[^&\s#]+/gi, '$1***')
 }
 
+/**
+ * The variables of OpenTelemetry, if they say where traces go: an endpoint or an exporter. By its rules `none` and
+ * `OTEL_SDK_DISABLED` switch it off, whatever else is set.
+ */
+function tracingOf(env: Readonly<NodeJS.ProcessEnv>): Config['tracing'] {
+  const set: Record<string, string> = {}
+  for (const [name, value] of Object.entries(env)) {
+    if (name.startsWith('OTEL_') && value?.trim()) set[name] = value.trim()
+  }
+  const exporter = set['OTEL_TRACES_EXPORTER']
+  const endpoint = set['OTEL_EXPORTER_OTLP_TRACES_ENDPOINT'] ?? set['OTEL_EXPORTER_OTLP_ENDPOINT']
+  if (set['OTEL_SDK_DISABLED']?.toLowerCase() === 'true' || exporter === 'none') return undefined
+  return exporter === undefined && endpoint === undefined ? undefined : set
+}
+
 function withAbsolutePaths(auth: AuthScheme, cwd: string): AuthScheme {
   if (auth.kind === 'tokens') return { ...auth, file: resolve(cwd, auth.file) }
   if (auth.kind !== 'jwt' || auth.jwks.kind !== 'file') return auth
   return { ...auth, jwks: { kind: 'file', file: resolve(cwd, auth.jwks.file) } }
 }
 
-function build(values: Values, cwd: string): Config {
+function build(values: Values, env: Readonly<NodeJS.ProcessEnv>, cwd: string): Config {
   return {
     version: VERSION,
     listen: values.listen,
     admin: values.admin,
+    livePage: values.livePage,
     auth: withAbsolutePaths(values.auth, cwd),
     tls:
       values.tlsCert === ''
@@ -984,6 +1052,8 @@ function build(values: Values, cwd: string): Config {
     insecure: values.insecure,
     reflection: values.reflection,
     logLevel: values.logLevel,
+    requestLog: { hitsOneIn: values.logHitsOneIn, slowMs: values.logSlow },
+    tracing: tracingOf(env),
     dataDir: resolve(cwd, values.dataDir),
     database: values.database,
     redis: values.redis,

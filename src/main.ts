@@ -6,7 +6,7 @@ import { banner, startApp } from './app.ts'
 import { ConfigError, helpText, loadConfig, VERSION } from './config.ts'
 import { registerRunning } from './embedded/processes.ts'
 import { ItemCacheError } from './errors.ts'
-import { createLogger } from './observe/log.ts'
+import { createLogger, toggleDebug } from './observe/log.ts'
 
 const EXIT_FAILED = 1
 const EXIT_USAGE = 2
@@ -42,6 +42,7 @@ async function main(): Promise<void> {
   for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, onSignal)
   // A terminal that is closed stops the service, unless there are files that a SIGHUP is wanted for.
   process.on('SIGHUP', (signal) => (reload === undefined ? onSignal(signal) : reload()))
+  process.on('SIGUSR2', () => toggleDebug(log, config.logLevel))
   process.on('unhandledRejection', (error) => log.error({ err: error }, 'a promise was rejected unheard'))
   process.on('uncaughtException', (error) => {
     log.fatal({ err: error }, 'uncaught exception')

@@ -8,7 +8,7 @@ const CALLS = 20_000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   await using hot = await startHot(1000)
-  await warm(hot, 0, 1000)
+  await warm(hot.instance, 0, 1000)
   const target = await targetOf(hot.instance, 'getItem', getItemRequest(7))
   const bare = await startBare(target.answer)
   await using _bare = bare.process

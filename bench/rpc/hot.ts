@@ -14,7 +14,7 @@ export const ITEM_BYTES = 320
 const TENANT = 'default'
 
 /** Copies stay fresh, and in memory, for as long as a run takes. */
-const LASTING = {
+export const LASTING = {
   ITEMCACHE_FRESH_FOR: '12h',
   ITEMCACHE_MAX_STALE: '24h',
   ITEMCACHE_REDIS_TTL: '24h',
@@ -30,11 +30,17 @@ export interface Hot extends AsyncDisposable {
 /** A service on the server's core, and `items` items in PostgreSQL of which memory holds none yet. */
 export async function startHot(
   items: number,
-  options: { readonly env?: Readonly<Record<string, string>> } = {},
+  options: {
+    readonly env?: Readonly<Record<string, string>>
+    readonly execArgv?: readonly string[]
+  } = {},
 ): Promise<Hot> {
   await using started = new AsyncDisposableStack()
   const bed = started.use(await startBed())
-  const instance = await bed.instance({ ...LASTING, ...options.env }, { core: SERVER_CORE })
+  const instance = await bed.instance(
+    { ...LASTING, ...options.env },
+    { core: SERVER_CORE, execArgv: options.execArgv ?? [] },
+  )
   // The instance has made the tables.
   const sql = await bed.sql()
   await fillItems(sql, TENANT, items, ITEM_BYTES)
@@ -45,7 +51,7 @@ export async function startHot(
 export const idOf = (n: number): string => `k${1 + n}`
 
 /** Reads items until memory holds them. */
-export async function warm({ instance }: Hot, from: number, to: number): Promise<void> {
+export async function warm(instance: Instance, from: number, to: number): Promise<void> {
   const BATCH = 500
   for (let n = from; n < to; n += BATCH) {
     await instance.batchGet(

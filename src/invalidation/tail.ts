@@ -13,6 +13,7 @@
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
+import type { Tracing } from '../observe/tracing.ts'
 import type { LogEntry, LogPage, LogSource, Revision } from '../tiers/tier.ts'
 import { TIMELINE_SPAN, View } from './view.ts'
 
@@ -32,6 +33,8 @@ export interface TailOptions {
   readonly maxTotalFloors: number
   /** A view that nobody has used for this long is dropped. */
   readonly idleMs: number
+  /** `undefined`: tracing is off. */
+  readonly tracing?: Tracing | undefined
   /** Runs a section while no other of the tenant runs. */
   readonly exclusive: <T>(tenant: string, section: () => Promise<T> | T) => Promise<T>
 }
@@ -347,6 +350,14 @@ export class Tail implements AsyncDisposable {
     for (const [tenant, page] of pages) {
       await this.#applyPage(tenant, page, positions.get(tenant) ?? 0, sentAtMs)
     }
+    if (this.#options.tracing !== undefined) this.#trace(this.#options.tracing, pages, sentAtMs)
+  }
+
+  /** Polls that bring nothing, which most are, leave no span. */
+  #trace(tracing: Tracing, pages: ReadonlyMap<string, LogPage>, sentAtMs: number): void {
+    let rows = 0
+    for (const page of pages.values()) rows += page.rows.length
+    if (rows > 0) tracing.applied(pages.size, rows, sentAtMs)
   }
 
   /** Holes, floors before position, heard: see `view.ts`. */

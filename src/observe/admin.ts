@@ -1,7 +1,8 @@
-/** The admin server: health and metrics over HTTP, for people, probes and Prometheus. Not for callers. */
+/** The admin server: health, metrics and the live page over HTTP, for people, probes and Prometheus. Not for callers. */
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { formatAddress, type HostPort } from '../config.ts'
 import { ItemCacheError } from '../errors.ts'
+import type { LivePage } from './live-page.ts'
 import type { Exposition } from './prometheus.ts'
 
 /** Whether the service can do its work, and what state its parts are in; `detail` goes into the answer as it is. */
@@ -14,6 +15,10 @@ export interface Readiness {
 export interface AdminOptions extends HostPort {
   readonly metrics: Exposition
   readonly ready: () => Promise<Readiness>
+  /** What is logged; `set` returns false for a level that does not exist. Default: there is no such page. */
+  readonly logLevel?: { get(): string; set(level: string): boolean }
+  /** Absent: there is none. */
+  readonly page?: Pick<LivePage, 'handle'> | undefined
   /** How long `ready` may take before the answer is "not ready". Default: 2,000 ms. */
   readonly readyTimeoutMs?: number
   /** Told about what `metrics` and `ready` throw; callers are not. */
@@ -30,6 +35,8 @@ interface Answer {
   readonly status: number
   readonly contentType: string
   readonly body: string
+  /** The methods that there are; default: GET and HEAD. */
+  readonly allow?: string
 }
 
 const TEXT = 'text/plain; charset=utf-8'
@@ -46,6 +53,7 @@ export async function startAdmin(options: AdminOptions): Promise<Admin> {
       connectionsCheckingInterval: 1_000,
     },
     (request, response) => {
+      if (options.page?.handle(request, response)) return
       answer(request, options).then(
         (found) => send(response, found),
         (error) => {
@@ -91,8 +99,10 @@ export async function startAdmin(options: AdminOptions): Promise<Admin> {
 
 async function answer(request: IncomingMessage, options: AdminOptions): Promise<Answer> {
   const path = request.url?.replace(/\?.*$/s, '')
+  if (path === '/log-level' && options.logLevel !== undefined) return logLevel(request, options.logLevel)
   if (path !== '/healthz' && path !== '/readyz' && path !== '/metrics') {
-    return { status: 404, contentType: TEXT, body: 'not found; there are /healthz, /readyz and /metrics\n' }
+    const body = 'not found; there are /healthz, /readyz, /metrics and /log-level\n'
+    return { status: 404, contentType: TEXT, body }
   }
   if (request.method !== 'GET' && request.method !== 'HEAD') {
     return { status: 405, contentType: TEXT, body: 'only GET and HEAD\n' }
@@ -108,6 +118,36 @@ async function answer(request: IncomingMessage, options: AdminOptions): Promise<
       return { status: readiness.ready ? 200 : 503, contentType: JSON_TYPE, body }
     }
   }
+}
+
+/** No level has a longer name. */
+const MAX_LEVEL_BYTES = 16
+
+/**
+ * GET tells the level, PUT changes it to its body. Not POST: a page that a browser shows may send a POST anywhere, but no
+ * PUT to an address that has not allowed it.
+ */
+async function logLevel(
+  request: IncomingMessage,
+  logLevel: NonNullable<AdminOptions['logLevel']>,
+): Promise<Answer> {
+  if (request.method === 'GET' || request.method === 'HEAD') {
+    return { status: 200, contentType: TEXT, body: `${logLevel.get()}\n` }
+  }
+  if (request.method !== 'PUT') {
+    return { status: 405, contentType: TEXT, body: 'only GET, HEAD and PUT\n', allow: 'GET, HEAD, PUT' }
+  }
+  let text = ''
+  for await (const chunk of request) {
+    text += String(chunk)
+    if (text.length > MAX_LEVEL_BYTES) break
+  }
+  const level = text.length > MAX_LEVEL_BYTES ? '' : text.trim()
+  if (!logLevel.set(level)) {
+    const body = 'the body must be a level: trace, debug, info, warn, error, fatal, silent\n'
+    return { status: 400, contentType: TEXT, body }
+  }
+  return { status: 200, contentType: TEXT, body: `${level}\n` }
 }
 
 async function readinessOf({ ready, readyTimeoutMs = 2_000, onError }: AdminOptions): Promise<Readiness> {
@@ -126,13 +166,13 @@ async function readinessOf({ ready, readyTimeoutMs = 2_000, onError }: AdminOpti
   }
 }
 
-function send(response: ServerResponse, { status, contentType, body }: Answer): void {
+function send(response: ServerResponse, { status, contentType, body, allow = 'GET, HEAD' }: Answer): void {
   response.writeHead(status, {
     'content-type': contentType,
     'content-length': Buffer.byteLength(body),
     'cache-control': 'no-store',
     'x-content-type-options': 'nosniff',
-    ...(status === 405 ? { allow: 'GET, HEAD' } : {}),
+    ...(status === 405 ? { allow } : {}),
     // A request that was not understood may go on with a body that nobody reads.
     ...(status >= 400 && status < 500 ? { connection: 'close' } : {}),
   })

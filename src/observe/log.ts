@@ -3,7 +3,7 @@
  * is bounded, passwords in URLs are hidden, and JSON's escaping keeps one event on one line.
  */
 import { type DestinationStream, type Logger, pino } from 'pino'
-import { type LogLevel, withoutPasswords } from '../config.ts'
+import { LOG_LEVELS, type LogLevel, withoutPasswords } from '../config.ts'
 import { ItemCacheError } from '../errors.ts'
 
 export type { Logger } from 'pino'
@@ -94,6 +94,25 @@ export function createLogger({
   )
 }
 
+/** Changes the least level that is logged, from the next line on; false for one that does not exist. */
+export function changeLevel(log: Logger, level: string): boolean {
+  const known = LOG_LEVELS.find((one) => one === level)
+  if (known === undefined) return false
+  const from = log.level
+  const tell = () => log.warn({ from, to: known }, 'the log level is changed')
+  // While it can be seen.
+  const before = log.isLevelEnabled('warn')
+  if (before) tell()
+  log.level = known
+  if (!before) tell()
+  return true
+}
+
+/** Back to `configured`, or to debug when that is the level now. */
+export function toggleDebug(log: Logger, configured: LogLevel): void {
+  changeLevel(log, log.level === 'debug' ? configured : 'debug')
+}
+
 /** The value as a log line may hold it: bounded in length, depth and number of entries, without secrets. */
 function presentable(value: unknown, depth = 0): unknown {
   if (typeof value === 'string') return bounded(value, MAX_TEXT)
@@ -150,7 +169,12 @@ function presentableError(error: Error, depth: number): PresentedError {
   return shown
 }
 
+/** What JSON leaves as it is, and a terminal or an editor may take for a command, a new line, or a change of direction. */
+const COMMANDS = /[\u007f-\u009f\u2028-\u202e\u2066-\u2069]/g
+const shownAsCode = (character: string) => `\\u${character.charCodeAt(0).toString(16).padStart(4, '0')}`
+
 function bounded(text: string, max: number): string {
-  const safe = withoutPasswords(text.length > 2 * max ? text.slice(0, 2 * max) : text)
+  const cut = text.length > 2 * max ? text.slice(0, 2 * max) : text
+  const safe = withoutPasswords(cut).replace(COMMANDS, shownAsCode)
   return safe.length > max ? `${safe.slice(0, max - 1).toWellFormed()}…` : safe
 }

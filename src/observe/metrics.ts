@@ -186,6 +186,18 @@ export class LatencyHistogram {
     this.#maxMs = Math.max(this.#maxMs, other.#maxMs)
   }
 
+  /** What was recorded here and not yet in `earlier`, a former copy of this one. Its `maxMs` is that of all. */
+  since(earlier: LatencyHistogram): LatencyHistogram {
+    const grown = new LatencyHistogram()
+    for (let index = 0; index < BUCKETS; index++) {
+      grown.#buckets[index] = (this.#buckets[index] ?? 0) - (earlier.#buckets[index] ?? 0)
+    }
+    grown.#count = this.#count - earlier.#count
+    grown.#sumMs = this.#sumMs - earlier.#sumMs
+    grown.#maxMs = this.#maxMs
+    return grown
+  }
+
   #coarse(): number[] {
     const sums = this.countsAtMost(LATENCY_BOUNDS_MS.with(-1, Number.POSITIVE_INFINITY))
     const counts = sums.map((sum, i) => sum - (sums[i - 1] ?? 0))

@@ -5,6 +5,9 @@ import { status } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
+import type { RequestLog } from '../observe/request-log.ts'
+import type { Trace, Tracing } from '../observe/tracing.ts'
+import type { ReadOptions } from '../service/read.ts'
 import {
   type Authenticator,
   authorize,
@@ -23,6 +26,9 @@ import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 /** What the frame of every call needs. */
 export interface CallFrame {
   readonly log: Logger
+  readonly requests: RequestLog
+  /** `undefined`: tracing is off. */
+  readonly tracing?: Tracing | undefined
   readonly metrics: Metrics
   readonly auth: Authenticator
   /** `undefined`: tenants may call as often as they like. */
@@ -52,10 +58,13 @@ interface AnyCall {
 /** What a handler knows of its call besides the request. */
 export class CallContext {
   readonly tenant: string
+  /** `undefined`: tracing is off. */
+  readonly trace: Trace | undefined
   readonly #call: AnyCall
   readonly #maxDeadlineMs: number
   #controller: AbortController | undefined
   #timer: NodeJS.Timeout | undefined
+  #traceId: string | undefined
 
   /** For the log line: what the handler found out. */
   id: string | undefined
@@ -64,10 +73,11 @@ export class CallContext {
   /** An encoded `CacheStatus`. Goes into the details of an error, so that a NOT_FOUND tells which tier said so. */
   cache: Uint8Array | undefined
 
-  constructor(call: AnyCall, tenant: string, maxDeadlineMs: number) {
+  constructor(call: AnyCall, tenant: string, maxDeadlineMs: number, trace: Trace | undefined) {
     this.#call = call
     this.#maxDeadlineMs = maxDeadlineMs
     this.tenant = tenant
+    this.trace = trace
   }
 
   /** Who writes, as the caller says; `''` when it does not. */
@@ -75,13 +85,24 @@ export class CallContext {
     return single(this.#call.metadata, 'x-client-id') ?? ''
   }
 
-  /** The 32 hex digits of the W3C trace context, or a new id. */
+  /** The trace's id: the 32 hex digits of the W3C trace context, or a new one. */
   get traceId(): string {
+    if (this.trace !== undefined) return this.trace.traceId
+    this.#traceId ??= this.#givenTraceId()
+    return this.#traceId
+  }
+
+  #givenTraceId(): string {
     const given = this.#call.metadata.get('traceparent')[0]?.toString() ?? ''
     return (
       /^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$/.exec(given)?.[1] ??
       randomBytes(16).toString('hex')
     )
+  }
+
+  /** The options of a read that shows in the call's trace, if it has one. */
+  traced(options: ReadOptions): ReadOptions {
+    return this.trace === undefined ? options : { ...options, trace: this.trace }
   }
 
   /** When the caller stops waiting, in milliseconds from now; at most the server's maximum. */
@@ -164,7 +185,7 @@ export function unary<Request>(
     frame.metrics.openAnswers--
   }
   return (call) => {
-    const account = new Account(frame, rpc, method)
+    const account = new Account(frame, rpc, method, call)
     account.receivedBytes = call.messageBytes
     let context: CallContext | undefined
     const refuse = (error: unknown) => call.refuse(account.fail(context, error))
@@ -182,7 +203,7 @@ export function unary<Request>(
       // A handler that has answered says nothing of whether the caller, who may be slow, has all of the answer.
       if (call.whenClosed(answerLeft)) frame.metrics.openAnswers++
       if (writes && !frame.unsent.mayWrite(tenant)) throw tooMuchUnsent()
-      context = new CallContext(call, tenant, frame.maxDeadlineMs)
+      context = new CallContext(call, tenant, frame.maxDeadlineMs, account.trace)
       const reply = handler(wellFormed(call.request as Request | Malformed), context)
       if (reply instanceof Promise) reply.then(send, refuse)
       else send(reply)
@@ -215,7 +236,7 @@ export function serverStream<Request>(
 ): handleServerStreamingCall<Request | Malformed, Reply> {
   const rpc = frame.metrics.rpc(method)
   return (call) => {
-    const account = new Account(frame, rpc, method)
+    const account = new Account(frame, rpc, method, call, true)
     account.receivedBytes = wireBytes(call.request)
     const gone = new AbortController()
     const leave = () => gone.abort(whyGone(call))
@@ -227,7 +248,7 @@ export function serverStream<Request>(
       let forgetCredential: (() => void) | undefined
       try {
         const identity = await admitted(frame, method, call)
-        context = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY)
+        context = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY, account.trace)
         const request = wellFormed(call.request)
         forgetCredential = whenCredentialEnds(identity, (why) => gone.abort(why))
         const signals = { gone: gone.signal, draining: frame.draining }
@@ -298,7 +319,7 @@ export function lookUpStream<Request>(
 ): handleBidiStreamingCall<Request | Malformed, Reply> {
   const rpc = frame.metrics.rpc(method)
   return (call) => {
-    const account = new Account(frame, rpc, method)
+    const account = new Account(frame, rpc, method, call, true)
     const gone = new AbortController()
     let context: CallContext | undefined
     let loading = 0
@@ -384,7 +405,7 @@ export function lookUpStream<Request>(
     // Nothing is read before it is known who calls.
     const begin = (identity: Identity) => {
       if (over) return
-      const known = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY)
+      const known = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY, account.trace)
       context = known
       forgetCredential = whenCredentialEnds(identity, fail)
       if (over) return forgetCredential()
@@ -451,17 +472,21 @@ function wellFormed<Request>(request: Request | Malformed): Request {
   })
 }
 
-/** Counts and logs one call. */
+/** Counts, traces and logs one call. */
 class Account {
+  readonly trace: Trace | undefined
   readonly #frame: CallFrame
   readonly #rpc: RpcMetrics
   readonly #method: string
   readonly #startedMs: number
+  readonly #isStream: boolean
   /** Of messages, the framing left out. */
   sentBytes = 0
   receivedBytes = 0
 
-  constructor(frame: CallFrame, rpc: RpcMetrics, method: string) {
+  constructor(frame: CallFrame, rpc: RpcMetrics, method: string, call: AnyCall, isStream = false) {
+    this.trace = frame.tracing?.call(method, call)
+    this.#isStream = isStream
     this.#frame = frame
     this.#rpc = rpc
     this.#method = method
@@ -472,7 +497,8 @@ class Account {
 
   fail(context: CallContext | undefined, error: unknown) {
     const known = toItemCacheError(error, (reference, cause) => {
-      this.#frame.log.error({ reference, method: this.#method, err: cause }, 'internal error')
+      const trace_id = context?.traceId
+      this.#frame.log.error({ reference, method: this.#method, trace_id, err: cause }, 'internal error')
     })
     this.#frame.metrics.countFailure(known)
     const failure = toStatus(known, context?.cache)
@@ -485,20 +511,32 @@ class Account {
     const durationMs = this.#frame.now() - this.#startedMs
     this.#rpc.finish(codeName(code), durationMs, this.sentBytes, this.receivedBytes)
     this.#frame.metrics.openCalls--
-    if (!this.#frame.log.isLevelEnabled('debug')) return
-    this.#frame.log.debug(
-      {
-        method: this.#method,
-        code: codeName(code),
-        trace_id: context?.traceId,
-        tenant: context?.tenant,
-        id: context?.id,
-        tier: context?.tier,
-        outcome: context?.outcome,
-        duration_ms: Math.round(durationMs * 1000) / 1000,
-        reason: error?.reason,
-      },
-      'request',
-    )
+    this.#end(context, codeName(code), durationMs, error?.reason)
+  }
+
+  /** The span and the line of a call that is over. */
+  #end(context: CallContext | undefined, code: string, durationMs: number, reason: string | undefined): void {
+    const isHit =
+      context?.tier === 'memory' && (context.outcome === 'HIT' || context.outcome === 'NEGATIVE_HIT')
+    if (isHit && this.trace === undefined && !this.#frame.requests.wantsHit(durationMs)) return
+    const { tenant, id, tier, outcome } = context ?? {}
+    if (this.trace !== undefined) {
+      this.trace.answered({ code, tenant, id, tier, outcome, reason })
+      if (isHit && !this.#frame.requests.wantsHit(durationMs)) return
+    }
+    const line = {
+      method: this.#method,
+      code,
+      trace_id: context?.traceId ?? this.trace?.traceId,
+      span_id: this.trace?.spanId,
+      tenant,
+      id,
+      cache_hit: tier === undefined ? undefined : tier === 'memory' || tier === 'redis',
+      tier,
+      outcome,
+      duration_ms: Math.round(durationMs * 1000) / 1000,
+      reason,
+    }
+    this.#frame.requests.write(line, isHit, this.#isStream)
   }
 }

@@ -14,7 +14,6 @@ import type { UntypedServiceImplementation } from '@grpc/grpc-js'
 import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
   type BatchGetItemsRequest,
-  BreakerState,
   type CreateItemRequest,
   CreateItemRequestSchema,
   type DeleteItemRequest,
@@ -32,7 +31,6 @@ import {
   type Item,
   ItemCacheService,
   type ListItemsRequest,
-  SkipReason,
   type StreamItemsRequest,
   type UpdateItemRequest,
   UpdateItemRequestSchema,
@@ -41,7 +39,7 @@ import {
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions } from '../invalidation/subscriptions.ts'
 import { etagOf, LIMITS } from '../item.ts'
-import { type InspectedParts, inspectItem } from '../service/inspect.ts'
+import type { InspectedParts } from '../service/inspect.ts'
 import { readPage } from '../service/list.ts'
 import type { Answer, Reader, ReadOptions } from '../service/read.ts'
 import type { Write, Writer } from '../service/write.ts'
@@ -73,13 +71,12 @@ import {
   encodeWritten,
   type GetItemResult,
   masked,
-  SKIP_REASONS,
-  TIERS,
 } from './encode.ts'
 import { type ItemMask, merge, readOnlyFields, setFields, WHOLE } from './field-mask.ts'
+import { inspectMessage } from './inspect-message.ts'
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
-import { toDuration, toItemCacheError } from './status.ts'
+import { toItemCacheError } from './status.ts'
 import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
@@ -121,7 +118,7 @@ export function implementation(
   function getItem(request: GetItemRequest, context: CallContext): Reply | Promise<Reply> {
     const violations = new Violations()
     checkId(request.id, 'id', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.id = request.id
@@ -159,9 +156,10 @@ export function implementation(
   /** One look-up of a stream: whatever is wrong with it concerns no other. */
   function streamItem(
     request: StreamItemsRequest,
-    { tenant }: CallContext,
+    context: CallContext,
     signal: () => AbortSignal,
   ): Reply | Promise<Reply> {
+    const { tenant } = context
     const { correlationId, id, ifNoneMatch } = request
     const refuse = (error: unknown) => {
       const known = toItemCacheError(error, (reference, err) => {
@@ -174,7 +172,7 @@ export function implementation(
       frame.rateLimit?.take(tenant)
       const violations = new Violations()
       checkId(id, 'id', violations)
-      const options = readOptions(request.options, violations)
+      const options = context.traced(readOptions(request.options, violations))
       const mask = itemMask(request.readMask, 'read_mask', violations)
       violations.throwIfAny()
       const finish = (answer: Answer): Uint8Array =>
@@ -192,7 +190,7 @@ export function implementation(
     const { tenant } = context
     const violations = new Violations()
     checkIds(ids, 'ids', violations)
-    const options = readOptions(request.options, violations)
+    const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.outcome = `${ids.length} ids`
@@ -253,6 +251,7 @@ export function implementation(
       { tenant: context.tenant, pageSize, pageToken, category, tag },
       encodePage,
       context.signal,
+      context.trace,
     )
     context.tier = answer.tier
     context.outcome = answer.outcome
@@ -341,28 +340,8 @@ export function implementation(
     checkId(request.id, 'id', violations)
     violations.throwIfAny()
     context.id = request.id
-    const { tiers, floors, servedByOrigin } = await inspectItem(inspected, context.tenant, request.id)
-    return encoded(InspectItemResponseSchema, {
-      tiers: tiers.map((found) => ({
-        tier: TIERS[found.tier],
-        present: found.present,
-        negative: found.negative ?? false,
-        current: found.verdict === 'current',
-        asOf: BigInt(found.asOf ?? 0),
-        ...(found.ageMs !== undefined && { age: toDuration(found.ageMs) }),
-        ...(found.ttlMs !== undefined && { remainingTtl: toDuration(found.ttlMs) }),
-        sizeBytes: BigInt(found.sizeBytes ?? 0),
-        skipped: found.skipped === undefined ? SkipReason.UNSPECIFIED : SKIP_REASONS[found.skipped],
-        servedByOrigin: found.tier === 'origin' && servedByOrigin,
-        breaker: BreakerState[frame.metrics.tiers[found.tier].breaker() ?? 'UNSPECIFIED'],
-      })),
-      floors: {
-        tenantFloor: BigInt(floors.tenantFloor),
-        keyFloor: BigInt(floors.keyFloor),
-        tagFloors: floors.tagFloors.map(({ tag, floor }) => ({ tag, floor: BigInt(floor) })),
-        removedFloor: BigInt(floors.removedFloor),
-      },
-    })
+    const found = await inspectMessage(inspected, frame.metrics, context.tenant, request.id)
+    return toBinary(InspectItemResponseSchema, found)
   }
 
   const metrics = ({ includeBuckets }: GetMetricsRequest | WatchMetricsRequest) =>
@@ -475,10 +454,10 @@ function writeOf<Desc extends DescMessage>(
   schema: Desc,
   request: MessageShape<Desc> & { requestId: string; item?: Item | undefined },
 ): Write {
-  const { tenant, clientId, signal } = context
+  const { tenant, clientId, signal, trace } = context
   const { requestId } = request
   const fingerprint = requestId === '' ? '' : digest(schema, request)
-  return { tenant, requestId, fingerprint, clientId, signal }
+  return { tenant, requestId, fingerprint, clientId, signal, trace }
 }
 
 /** The same for equal requests, in whatever order a client has encoded the entries of their maps. */

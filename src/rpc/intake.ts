@@ -19,6 +19,7 @@ import {
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
+import type { RequestLog } from '../observe/request-log.ts'
 import { codeName, codeOf, toStatus, trailersOnly } from './status.ts'
 import { type CallOwner, UnaryCall, type UnaryMethod } from './unary-call.ts'
 
@@ -42,6 +43,7 @@ export interface IntakeOptions {
   /** A connection without a stream is closed after this time. */
   readonly maxIdleMs: number
   readonly log: Logger
+  readonly requests: RequestLog
   readonly metrics: Metrics
   /** Monotonic, milliseconds. */
   readonly now: () => number
@@ -83,7 +85,7 @@ const TIMEOUT_UNITS_MS: Readonly<Record<string, number>> = {
 export class Intake implements Disposable {
   readonly #options: IntakeOptions
   /** In the order in which they came. */
-  readonly #calls = new Set<Call>()
+  readonly #calls = new CallList()
   readonly #all: Held
   readonly #byConnection = new WeakMap<object, Held>()
   /** Open streams of each connection that has any, and of all. */
@@ -287,7 +289,7 @@ export class Intake implements Disposable {
 
   /** Answers a call of which no handler knows yet. */
   refuse({ stream, path, kind, sinceMs, taken, unary }: Call, error: ItemCacheError): void {
-    const { metrics, log, now } = this.#options
+    const { metrics, requests, now } = this.#options
     const failure = toStatus(error)
     // The handler of any other kind has not been called yet, and so the call not been counted.
     if (kind !== 'bidi') {
@@ -295,9 +297,11 @@ export class Intake implements Disposable {
       const code = codeName(codeOf(error))
       const rpc = metrics.rpc(method)
       rpc.started++
-      rpc.finish(code, now() - sinceMs)
+      const durationMs = now() - sinceMs
+      rpc.finish(code, durationMs)
+      const duration_ms = Math.round(durationMs * 1000) / 1000
+      requests.write({ method, code, duration_ms, reason: error.reason }, false, true)
       metrics.countFailure(error)
-      log.debug({ method, code, reason: error.reason }, 'request')
     }
     // The caller may go on sending. Closed at once, the stream would take the answer with it.
     setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), ANSWER_LEAVES_MS).unref()
@@ -310,6 +314,46 @@ export class Intake implements Disposable {
 
   [Symbol.dispose](): void {
     clearInterval(this.#sweep)
+  }
+}
+
+/**
+ * Calls in the order in which they came. Not a `Set`: V8 replaces its table every so many additions, and an old table
+ * refers to the one after it, so that from the first one that has become old garbage all later ones, and the calls in them,
+ * outlive the collections of young garbage.
+ */
+class CallList {
+  #first: Call | undefined
+  #last: Call | undefined
+
+  add(call: Call): void {
+    call.before = this.#last
+    if (this.#last === undefined) this.#first = call
+    else this.#last.after = call
+    this.#last = call
+    call.listed = true
+  }
+
+  delete(call: Call): void {
+    if (!call.listed) return
+    call.listed = false
+    const { before, after } = call
+    if (before === undefined) this.#first = after
+    else before.after = after
+    if (after === undefined) this.#last = before
+    else after.before = before
+    // One that is garbage must not keep others.
+    call.before = undefined
+    call.after = undefined
+  }
+
+  /** The one that is just looked at may be deleted. */
+  *[Symbol.iterator](): Iterator<Call> {
+    for (let call = this.#first; call !== undefined; ) {
+      const { after } = call
+      yield call
+      call = after
+    }
   }
 }
 
@@ -326,6 +370,10 @@ class Call implements CallOwner {
   taken: ServerInterceptingCallInterface | undefined
   /** What was made of it here. */
   unary: UnaryCall | undefined
+  /** Its place in the list of those that are open. */
+  listed = false
+  before: Call | undefined
+  after: Call | undefined
 
   constructor(intake: Intake, stream: ServerHttp2Stream, path: string, kind: MethodKind, weight: Weight) {
     this.#intake = intake

@@ -77,6 +77,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     maxStreams: 2 * frame.maxCalls,
     maxIdleMs: grpc.maxConnectionIdleMs,
     log: frame.log,
+    requests: frame.requests,
     metrics: frame.metrics,
     now: frame.now,
   })

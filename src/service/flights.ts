@@ -7,7 +7,8 @@
  */
 import { randomBytes } from 'node:crypto'
 import { ItemCacheError } from '../errors.ts'
-import type { Copy, SkipReason, Snapshot, TierName } from '../tiers/tier.ts'
+import type { Trace } from '../observe/tracing.ts'
+import type { Copy, SkipReason, Snapshot, TierName, TierSpan } from '../tiers/tier.ts'
 
 /** A tier that could not be asked. */
 export interface Skipped {
@@ -25,7 +26,7 @@ export interface Landed {
 }
 
 /** Reads what PostgreSQL holds under a key that is not an item's. */
-export type Load = (signal: AbortSignal) => Promise<Snapshot>
+export type Load = (signal: AbortSignal, span?: TierSpan) => Promise<Snapshot>
 
 /** `cached` flights ask Redis first; `direct` ones begin at PostgreSQL. */
 export type Route = 'cached' | 'direct'
@@ -60,6 +61,8 @@ export class Flight {
   /** The copy that Redis had and that was not good enough: served, marked, when the tiers below are down. */
   fallback: Copy | undefined
   skipped: readonly Skipped[] = []
+  /** What the tiers that it walks show in; `undefined`: nobody traces it. */
+  trace: Trace | undefined
   /** Settles when what it brought is in Redis. */
   stored: Promise<unknown> | undefined
   /** Called when the first reader comes to a flight that nobody waited for, and when it is over. */

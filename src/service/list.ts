@@ -2,7 +2,8 @@
 import { createHash } from 'node:crypto'
 import { ItemCacheError } from '../errors.ts'
 import { LISTED } from '../invalidation/view.ts'
-import type { Snapshot, StoreTier } from '../tiers/tier.ts'
+import type { Trace } from '../observe/tracing.ts'
+import type { Snapshot, StoreTier, TierSpan } from '../tiers/tier.ts'
 import type { Answer, Reader } from './read.ts'
 
 /** Which page of which items. */
@@ -35,21 +36,22 @@ export function readPage(
   request: PageRequest,
   encode: (page: Page) => Uint8Array,
   signal: AbortSignal,
+  trace?: Trace,
 ): Promise<Answer> {
   const { tenant, category, tag, pageSize } = request
   const afterId = request.pageToken === '' ? '' : readToken(request)
   const id = `${LISTED}${JSON.stringify([pageSize, category, tag, afterId])}`
-  const load = async (cancelled: AbortSignal): Promise<Snapshot> => {
+  const load = async (cancelled: AbortSignal, span?: TierSpan): Promise<Snapshot> => {
     // One more than asked for tells whether there is a next page.
     const query = { category, tag, afterId, limit: pageSize + 1 }
-    const found = await parts.postgres.list(tenant, query, cancelled)
+    const found = await parts.postgres.list(tenant, query, cancelled, span)
     const items = found.items.slice(0, pageSize)
     const last = items.at(-1)
     const more = found.items.length > pageSize && last !== undefined
     const bytes = encode({ items, nextPageToken: more ? makeToken(request, last.id) : '' })
     return { id, asOf: found.asOf, state: 'present', bytes, revision: 0, tags: floorTagsOf(request) }
   }
-  return parts.reader.page(tenant, id, load, signal)
+  return parts.reader.page(tenant, id, load, signal, trace)
 }
 
 /** An item that enters, leaves or changes within a list has the list's tag before or after, so one of two is enough. */

@@ -18,6 +18,7 @@ import type { Tail } from '../invalidation/tail.ts'
 import type { View } from '../invalidation/view.ts'
 import type { ItemDraft } from '../item.ts'
 import type { Metrics } from '../observe/metrics.ts'
+import type { TierOperation } from '../observe/tracing.ts'
 import type { MemoryTier } from '../tiers/memory.ts'
 import type {
   CacheAnswer,
@@ -36,6 +37,7 @@ import { OriginRequests } from './origin-requests.ts'
 import { isInShare } from './rollout.ts'
 import { Stampede } from './stampede.ts'
 import { Turns } from './turns.ts'
+import { type Traced, type Walk, walk } from './walk.ts'
 
 /** The tiers and what watches them. `origin` is `undefined` when it is off; so are `locks` without Redis. */
 export interface LoaderParts {
@@ -114,8 +116,10 @@ export class Loader {
     const { origin } = parts
     this.#requests =
       origin &&
-      new OriginRequests(async (id, signal) => {
-        const draft = await this.#timed('origin', () => origin.fetch(id, signal))
+      new OriginRequests(async (id, signal, trace) => {
+        using asking = walk('origin.fetch', [{ trace }], 1)
+        const draft = await this.#timed('origin', () => origin.fetch(id, signal, asking?.span), asking)
+        asking?.found(draft === undefined ? 0 : 1, draft === undefined ? 1 : 0)
         this.#asked('origin', draft === undefined ? 0 : 1, draft === undefined ? 1 : 0)
         return draft
       })
@@ -157,6 +161,7 @@ export class Loader {
   async keep(
     tenant: string,
     copies: readonly Copy[],
+    traced: readonly Traced[],
   ): Promise<{ kept: readonly Copy[]; stored: Promise<unknown> | undefined }> {
     const { memory, redis, tail } = this.#parts
     const passing: Copy[] = []
@@ -177,8 +182,11 @@ export class Loader {
         return stamped
       })
     })
-    const stored = passing.length > 0 ? redis.store(tenant, passing) : undefined
-    if (stored !== undefined) this.inBackground(stored)
+    if (passing.length === 0) return { kept, stored: undefined }
+    for (const { trace } of traced) trace?.event('refill', { 'itemcache.tier': 'memory' })
+    const storing = this.walkOfRedis('redis.store', traced, passing.length)
+    const stored = redis.store(tenant, passing).finally(() => storing?.[Symbol.dispose]())
+    this.inBackground(stored)
     return { kept, stored }
   }
 
@@ -201,8 +209,14 @@ export class Loader {
   }
 
   /** A copy that Redis had and that was not good enough is a miss. A Redis that is off was not asked. */
-  askedRedis(answer: CacheAnswer, hits: number, ids: number): void {
+  askedRedis(answer: CacheAnswer, hits: number, ids: number, walk: Walk | undefined): void {
     if (answer.skipped !== 'off') this.#asked('redis', hits, ids - hits)
+    walk?.found(hits, ids - hits, answer.skipped)
+  }
+
+  /** A call of Redis begins; `undefined`: it is off, or nobody traces the call. */
+  walkOfRedis(operation: TierOperation, traced: readonly Traced[], keys: number): Walk | undefined {
+    return this.#parts.locks === undefined ? undefined : walk(operation, traced, keys)
   }
 
   /** The cache tiers that are off, or did not answer. */
@@ -277,7 +291,10 @@ export class Loader {
     flight.cachesAsked.resolve(undefined)
     this.#parts.metrics.loads++
     try {
-      const snapshot = await this.#timed('postgres', () => load(AbortSignal.any([signal, flight.signal])))
+      using asking = walk('postgres.read', [flight], 1)
+      const either = AbortSignal.any([signal, flight.signal])
+      const snapshot = await this.#timed('postgres', () => load(either, asking?.span), asking)
+      asking?.[Symbol.dispose]()
       this.#loaded(sentAtMs)
       this.#asked('postgres', 1, 0)
       await this.#arrive(tenant, [{ flight, copy: this.copyOf(snapshot, sentAtMs) }], 'postgres', sentAt)
@@ -293,6 +310,7 @@ export class Loader {
     again = false,
   ): Promise<{ left: readonly Flight[]; answered: boolean }> {
     const { tail, memory, metrics } = this.#parts
+    using asking = this.walkOfRedis('redis.read', flights, flights.length)
     const answer = await this.readRedis(
       tenant,
       flights.map((flight) => flight.id),
@@ -320,7 +338,8 @@ export class Loader {
         return false
       })
     })
-    this.askedRedis(answer, landing.length, again ? landing.length : flights.length)
+    this.askedRedis(answer, landing.length, again ? landing.length : flights.length, asking)
+    asking?.[Symbol.dispose]()
     for (const { flight, copy } of landing) flight.land({ copy, tier: 'redis', sentAt: 0, skipped })
     return { left: left.filter((flight) => !flight.isOver), answered: answer.skipped === undefined }
   }
@@ -348,7 +367,8 @@ export class Loader {
       flight.cachesAsked.resolve(undefined)
     }
     if (!again) metrics.loads += flights.length
-    const snapshots = await this.#select(tenant, flights, signal)
+    using asking = walk('postgres.read', flights, flights.length)
+    const snapshots = await this.#select(tenant, flights, signal, asking)
     this.#loaded(sentAtMs)
     const known: Landing[] = []
     const unknown: Unknown[] = []
@@ -360,6 +380,8 @@ export class Loader {
       else known.push({ flight, copy: this.copyOf(snapshot, sentAtMs) })
     }
     this.#asked('postgres', known.length, again ? 0 : unknown.length)
+    asking?.found(known.length, unknown.length)
+    asking?.[Symbol.dispose]()
     await this.#arrive(tenant, known, 'postgres', sentAt)
     return unknown
   }
@@ -372,9 +394,11 @@ export class Loader {
     tenant: string,
     flights: readonly Flight[],
     signal: AbortSignal,
+    asking: Walk | undefined,
   ): Promise<ReadonlyMap<string, Snapshot>> {
+    const { postgres } = this.#parts
     const ids = flights.map((flight) => flight.id)
-    const read = () => this.#timed('postgres', () => this.#parts.postgres.read(tenant, ids, signal))
+    const read = () => this.#timed('postgres', () => postgres.read(tenant, ids, signal, asking?.span), asking)
     try {
       return await (ids.length > LARGE_READ ? this.#turns.take(tenant, signal, read) : read())
     } catch (error) {
@@ -385,7 +409,7 @@ export class Loader {
       }
       const middle = Math.ceil(flights.length / 2)
       const halves = [flights.slice(0, middle), flights.slice(middle)]
-      const found = await Promise.all(halves.map((half) => this.#select(tenant, half, signal)))
+      const found = await Promise.all(halves.map((half) => this.#select(tenant, half, signal, asking)))
       return new Map(found.flatMap((some) => [...some]))
     }
   }
@@ -431,7 +455,14 @@ export class Loader {
         const sentAt = this.tick()
         const sentAtMs = this.#options.now()
         const drafts = new Map(batch.map(({ flight, draft }) => [flight.id, draft]))
-        const snapshots = await this.#timed('postgres', () => postgres.insertLoaded(tenant, drafts))
+        using inserting = walk(
+          'postgres.insert',
+          batch.map(({ flight }) => flight),
+          drafts.size,
+        )
+        const insertion = () => postgres.insertLoaded(tenant, drafts, undefined, inserting?.span)
+        const snapshots = await this.#timed('postgres', insertion, inserting)
+        inserting?.[Symbol.dispose]()
         const landed = batch.map(({ flight }) => {
           const snapshot = snapshots.get(flight.id)
           if (snapshot === undefined) throw new ItemCacheError('internal', 'PostgreSQL left an id out')
@@ -461,7 +492,7 @@ export class Loader {
     const fetchOne = async ({ flight, snapshot, readAtMs }: Unknown): Promise<void> => {
       let draft: ItemDraft | undefined
       try {
-        draft = await this.#requests?.fetch(flight.id, flight.signal)
+        draft = await this.#requests?.fetch(flight.id, flight.signal, flight.trace)
       } catch (error) {
         this.#failures.remember(keyOf(tenant, flight.id), error)
         throw error
@@ -483,6 +514,7 @@ export class Loader {
     const { kept, stored } = await this.keep(
       tenant,
       landed.map(({ copy }) => copy),
+      landed.map(({ flight }) => flight),
     )
     for (const [i, { flight, copy }] of landed.entries()) {
       flight.stored = stored
@@ -501,12 +533,13 @@ export class Loader {
   }
 
   /** Runs one call of a tier and records how long it took and whether it failed. One that nobody waits for does not count. */
-  async #timed<T>(tier: TierName, call: () => Promise<T>): Promise<T> {
+  async #timed<T>(tier: TierName, call: () => Promise<T>, walk?: Walk): Promise<T> {
     const counters = this.#parts.metrics.tiers[tier]
     const startedMs = this.#options.now()
     try {
       return await call()
     } catch (error) {
+      walk?.fail(error)
       if (error instanceof ItemCacheError && error.reason.endsWith('_TIMEOUT')) counters.timeouts++
       else if (!(error instanceof ItemCacheError && error.code === 'cancelled')) counters.errors++
       throw error

@@ -4,13 +4,19 @@
  */
 import { untilAborted } from '../invalidation/tail.ts'
 import type { ItemDraft } from '../item.ts'
+import type { Trace } from '../observe/tracing.ts'
 
 /** Asks the origin for one item; `undefined`: it has none. */
-export type AskOrigin = (id: string, signal: AbortSignal) => Promise<ItemDraft | undefined>
+export type AskOrigin = (
+  id: string,
+  signal: AbortSignal,
+  trace: Trace | undefined,
+) => Promise<ItemDraft | undefined>
 
 interface UnderWay {
   readonly answer: Promise<ItemDraft | undefined>
   readonly controller: AbortController
+  readonly trace: Trace | undefined
   waiting: number
 }
 
@@ -23,8 +29,10 @@ export class OriginRequests {
   }
 
   /** Throws what the origin throws, and the signal's reason. A request that nobody waits for any more is cancelled. */
-  async fetch(id: string, signal: AbortSignal): Promise<ItemDraft | undefined> {
-    const request = this.#underWay.get(id) ?? this.#begin(id)
+  async fetch(id: string, signal: AbortSignal, trace?: Trace): Promise<ItemDraft | undefined> {
+    const underWay = this.#underWay.get(id)
+    if (underWay !== undefined) trace?.coalesced(underWay.trace)
+    const request = underWay ?? this.#begin(id, trace)
     request.waiting++
     try {
       return await untilAborted(request.answer, signal)
@@ -37,9 +45,10 @@ export class OriginRequests {
     }
   }
 
-  #begin(id: string): UnderWay {
+  #begin(id: string, trace: Trace | undefined): UnderWay {
     const controller = new AbortController()
-    const request: UnderWay = { answer: this.#ask(id, controller.signal), controller, waiting: 0 }
+    const answer = this.#ask(id, controller.signal, trace)
+    const request: UnderWay = { answer, controller, trace, waiting: 0 }
     this.#underWay.set(id, request)
     const forget = () => this.#forget(id, request)
     request.answer.then(forget, forget)

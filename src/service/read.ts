@@ -22,6 +22,7 @@
 import { ItemCacheError } from '../errors.ts'
 import { aheadOfLog, untilAborted } from '../invalidation/tail.ts'
 import type { Verdict, View } from '../invalidation/view.ts'
+import type { Trace, Tracing } from '../observe/tracing.ts'
 import type { Copy, Revision, Snapshot, TierName } from '../tiers/tier.ts'
 import {
   type Flight,
@@ -34,6 +35,7 @@ import {
 } from './flights.ts'
 import { Loader, type LoaderOptions, type LoaderParts, stamp } from './load.ts'
 import type { Probe } from './probe.ts'
+import { walked } from './walk.ts'
 
 /** How fresh an answer must be. */
 export interface ReadOptions {
@@ -45,6 +47,8 @@ export interface ReadOptions {
   readonly maxStalenessMs: number
   /** Whether a copy past its freshness may be served while it reloads, or while the tiers below are down. */
   readonly allowStale: boolean
+  /** `undefined`: nobody traces the read. */
+  readonly trace?: Trace | undefined
 }
 
 /** What a caller gets that asks for nothing in particular. */
@@ -87,6 +91,8 @@ export interface ReaderOptions extends LoaderOptions {
 /** The tiers and what watches them. */
 export interface ReaderParts extends LoaderParts {
   readonly probe: Probe
+  /** `undefined`: tracing is off. */
+  readonly tracing?: Tracing | undefined
 }
 
 const NOTHING_SKIPPED: readonly Skipped[] = []
@@ -150,8 +156,9 @@ export class Reader {
    * The answer for a list page, which is a copy like an item's: `id` and `tags` must not be those of items (see
    * `LISTED`), and `load` reads the page. Throws `ItemCacheError`.
    */
-  async page(tenant: string, id: string, load: Load, signal: AbortSignal): Promise<Answer> {
-    return this.hit(tenant, id, DEFAULT_READ, load) ?? this.load(tenant, id, DEFAULT_READ, signal, load)
+  async page(tenant: string, id: string, load: Load, signal: AbortSignal, trace?: Trace): Promise<Answer> {
+    const options = trace === undefined ? DEFAULT_READ : { ...DEFAULT_READ, trace }
+    return this.hit(tenant, id, options, load) ?? this.load(tenant, id, options, signal, load)
   }
 
   /** The answer for an item that `hit` could not give. Throws `ItemCacheError`. */
@@ -180,8 +187,9 @@ export class Reader {
   }
 
   /** Makes sure that PostgreSQL holds what the origin knows of an item, and says what it holds. */
-  async loaded(tenant: string, id: string, signal: AbortSignal): Promise<Copy> {
-    const { flight } = this.#flights.join(tenant, id, 'direct', {})
+  async loaded(tenant: string, id: string, signal: AbortSignal, trace?: Trace): Promise<Copy> {
+    const { flight, joined } = this.#flights.join(tenant, id, 'direct', {})
+    if (trace !== undefined) board(trace, flight, 'direct', joined)
     using _waiting = flight.board()
     return (await untilAborted(flight.result.promise, signal)).copy
   }
@@ -195,8 +203,8 @@ export class Reader {
    * Stored iff it passes: puts copies, stamped, into memory, and into Redis without waiting for it.
    * Returns the copies as they were stored; those that did not pass as they were.
    */
-  async keep(tenant: string, copies: readonly Copy[]): Promise<readonly Copy[]> {
-    return (await this.#loader.keep(tenant, copies)).kept
+  async keep(tenant: string, copies: readonly Copy[], trace?: Trace): Promise<readonly Copy[]> {
+    return (await this.#loader.keep(tenant, copies, [{ trace }])).kept
   }
 
   /** How much of what can grow there is now. */
@@ -225,6 +233,7 @@ export class Reader {
     const copy = memory.get(tenant, id, nowMs)
     const answer =
       copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, nowMs, load)
+    options.trace?.looked(answer?.outcome)
     if (answer === undefined) metrics.tiers.memory.misses++
     else metrics.tiers.memory.hits++
     return answer
@@ -239,7 +248,9 @@ export class Reader {
   ): Promise<Answer> {
     if (this.#parts.tail.view(tenant) === undefined) {
       // Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed.
-      const activated = this.#parts.tail.activated(tenant, signal).catch((error: unknown) => {
+      const activated = walked('postgres.log', options, () =>
+        this.#parts.tail.activated(tenant, signal),
+      ).catch((error: unknown) => {
         if (whyNoAnswer(error) === undefined) throw error
       })
       if (options.freshness === 'FRESH') activated.catch(() => {})
@@ -289,15 +300,16 @@ export class Reader {
       this.#count(tier, outcome, coalesced)
       this.#parts.probe.served(tenant, copy, view)
       if (tier === 'memory' && options.freshness !== 'CACHE_ONLY' && this.#isDue(copy, now)) {
-        this.#refreshEarly(tenant, copy, load)
+        this.#refreshEarly(tenant, copy, load, options.trace)
       }
       return { copy, tier, outcome, staleReason: undefined, coalesced, skipped }
     }
     if (!options.allowStale || copy.bytes === undefined) return undefined
     if (now - copy.verifiedAtMs > this.#options.maxStaleMs) return undefined
-    if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load })
+    if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load }, options.trace)
     this.#count(tier, 'STALE', coalesced)
     this.#parts.metrics.staleReads.REVALIDATING++
+    options.trace?.event('stale', { 'itemcache.stale_reason': 'REVALIDATING' })
     return { copy, tier, outcome: 'STALE', staleReason: 'REVALIDATING', coalesced, skipped }
   }
 
@@ -307,6 +319,7 @@ export class Reader {
     options: ReadOptions,
     signal: AbortSignal,
   ): Promise<Answer> {
+    using asking = this.#loader.walkOfRedis('redis.read', [options], 1)
     const answer = await untilAborted(this.#loader.readRedis(tenant, [id]), signal)
     const skipped = this.#loader.skipped(answer.skipped)
     const copy = answer.copies.get(id)
@@ -315,7 +328,7 @@ export class Reader {
     const now = this.#options.now()
     const served =
       copy && view && this.#serve(tenant, view, copy, 'redis', options, false, skipped, now, undefined)
-    this.#loader.askedRedis(answer, served === undefined ? 0 : 1, 1)
+    this.#loader.askedRedis(answer, served === undefined ? 0 : 1, 1, asking)
     if (copy !== undefined && served !== undefined) {
       // Stored iff it passes: what is served as stale may have failed the rule.
       if (served.outcome !== 'STALE') this.#parts.memory.set(tenant, served.copy ?? copy)
@@ -357,6 +370,7 @@ export class Reader {
     let route: Route = fresh ? 'direct' : 'cached'
     for (;;) {
       const { flight, joined } = this.#flights.join(tenant, id, route, { load })
+      if (options.trace !== undefined) board(options.trace, flight, route, joined)
       const landed = await this.#patiently(tenant, flight, options, signal, joined)
       if ('outcome' in landed) return landed
       const { copy, tier, skipped, sentAt } = landed
@@ -477,6 +491,7 @@ export class Reader {
     const staleReason = unverified ? 'UNVERIFIED' : reason
     this.#count(tier, 'STALE', coalesced)
     this.#parts.metrics.staleReads[staleReason]++
+    options.trace?.event('stale', { 'itemcache.stale_reason': staleReason })
     const missed = { tier: tierDown, reason: reason === 'TIER_DOWN' ? 'down' : 'timeout' } as const
     return {
       copy,
@@ -489,15 +504,19 @@ export class Reader {
   }
 
   /** Reloads behind an answer; one reload per key, whoever asks. While there is no room for it the answer does without. */
-  #refresh(tenant: string, id: string, plan: FlightPlan): void {
+  #refresh(tenant: string, id: string, plan: FlightPlan, cause: Trace | undefined): void {
     if (!this.#flights.hasRoom) return
-    this.#goOn(this.#flights.join(tenant, id, 'cached', plan).flight)
+    const { flight, joined } = this.#flights.join(tenant, id, 'cached', plan)
+    if (!joined && this.#parts.tracing !== undefined) {
+      follow(flight, this.#parts.tracing.refresh(tenant, id, cause))
+    }
+    this.#goOn(flight)
   }
 
   /** Refreshes a copy that is fresh still. One in Redis that is hardly younger is not good enough. */
-  #refreshEarly(tenant: string, copy: Copy, load: Load | undefined): void {
+  #refreshEarly(tenant: string, copy: Copy, load: Load | undefined, cause: Trace | undefined): void {
     const verifiedAfterMs = (copy.verifiedAtMs + copy.freshUntilMs) / 2
-    this.#refresh(tenant, copy.id, { load, verifiedAfterMs })
+    this.#refresh(tenant, copy.id, { load, verifiedAfterMs }, cause)
   }
 
   /** XFetch: whether this hit is the one that refreshes. Draws only for a copy whose time is nearly over. */
@@ -531,6 +550,24 @@ export class Reader {
     if (tier === undefined) metrics.failedReads++
     else metrics.countRead(tier, outcome)
   }
+}
+
+/** A caller who is traced waits for a flight: the tiers that it has yet to walk show in some trace. */
+function board(trace: Trace, flight: Flight, route: Route, joined: boolean): void {
+  if (joined) trace.coalesced(flight.trace)
+  if (!flight.trace?.recorded && !flight.isOver) follow(flight, trace.load(route))
+}
+
+/** What a flight does shows in the trace, which ends with it. */
+function follow(flight: Flight, trace: Trace): void {
+  flight.trace = trace
+  flight.result.promise.then(
+    () => trace.end(),
+    (error: unknown) => {
+      trace.fail(error)
+      trace.end()
+    },
+  )
 }
 
 /** Why a reader gets a stale copy instead of a better answer. */

@@ -14,6 +14,7 @@
 import { ItemCacheError } from '../errors.ts'
 import type { LoadLocks } from '../tiers/tier.ts'
 import type { Flight } from './flights.ts'
+import { walk } from './walk.ts'
 
 export interface StampedeOptions {
   readonly locks: LoadLocks
@@ -58,7 +59,9 @@ export class Stampede {
     let left: readonly Flight[] = flights
     let hasWaited = false
     for (let pauseMs = FIRST_PAUSE_MS; left.length > 0; pauseMs = Math.min(1.5 * pauseMs, MAX_PAUSE_MS)) {
+      const asking = walk('redis.lock', left, left.length)
       const states = await this.#options.locks.acquire(tenant, left)
+      asking?.[Symbol.dispose]()
       const held: Flight[] = []
       const first: Flight[] = []
       const ready: Flight[] = []
@@ -69,6 +72,7 @@ export class Stampede {
         else if (typeof state !== 'number') ready.push(flight)
         else if (!flight.isOver) {
           held.push(flight)
+          flight.trace?.event('waiting')
           endsInMs = Math.min(endsInMs, state)
         }
       }

@@ -13,6 +13,7 @@ import { ItemCacheError } from '../errors.ts'
 import { notAppliedYet, type Tail } from '../invalidation/tail.ts'
 import type { LogRow } from '../invalidation/view.ts'
 import type { ItemDraft } from '../item.ts'
+import type { TierOperation, Trace } from '../observe/tracing.ts'
 import type {
   InvalidationMode,
   InvalidationTarget,
@@ -24,10 +25,13 @@ import type {
   Written,
 } from '../tiers/tier.ts'
 import type { Reader } from './read.ts'
+import { walked } from './walk.ts'
 
 /** A write by a caller, with the signal that ends when the caller stops waiting. */
 export interface Write extends WriteContext {
   readonly signal: AbortSignal
+  /** `undefined`: nobody traces the write. */
+  readonly trace?: Trace | undefined
 }
 
 /** What a write needs of an existing item. */
@@ -55,7 +59,9 @@ export class Writer {
 
   async create(write: Write, id: string, draft: ItemDraft): Promise<Written> {
     await this.#loadFirst(write, id)
-    return this.#acknowledge(write, (postgres) => postgres.create(write, id, draft))
+    return this.#acknowledge('postgres.insert', write, (postgres, context) =>
+      postgres.create(context, id, draft),
+    )
   }
 
   async update(
@@ -65,12 +71,16 @@ export class Writer {
     change: (current: ItemDraft | undefined) => ItemDraft,
   ): Promise<Written> {
     await this.#loadFirst(write, id)
-    return this.#acknowledge(write, (postgres) => postgres.update(write, id, precondition, change))
+    return this.#acknowledge('postgres.update', write, (postgres, context) =>
+      postgres.update(context, id, precondition, change),
+    )
   }
 
   async delete(write: Write, id: string, precondition: Precondition): Promise<Written> {
     await this.#loadFirst(write, id)
-    return this.#acknowledge(write, (postgres) => postgres.delete(write, id, precondition))
+    return this.#acknowledge('postgres.delete', write, (postgres, context) =>
+      postgres.delete(context, id, precondition),
+    )
   }
 
   /**
@@ -87,14 +97,16 @@ export class Writer {
     await untilActive(tail, write)
     const refetched = refreshOrigin && target.kind === 'ids'
     if (refetched) {
-      const former = await postgres.outcomeOf(write)
+      const former = await walked('postgres.outcome', write, (span) => postgres.outcomeOf({ ...write, span }))
       if (former !== undefined) return former
       for (const { id, draft, snapshot } of await this.#fetchAgain(write, target.ids)) {
         const now = await postgres.refetched(write.tenant, id, draft, snapshot.revision, write.signal)
         this.#raise(write.tenant, now, now.revision, snapshot.tags)
       }
     }
-    const revision = await postgres.invalidate(write, target, mode)
+    const revision = await walked('postgres.invalidate', write, (span) =>
+      postgres.invalidate({ ...write, span }, target, mode),
+    )
     tail.seen(revision)
     tail.raising(write.tenant)?.acknowledge(invalidationRow(target, mode, revision))
     if (target.kind === 'tags') {
@@ -104,11 +116,19 @@ export class Writer {
     }
     if (refetched) {
       const sentAtMs = reader.now()
-      const snapshots = await postgres.read(write.tenant, target.ids, write.signal)
+      const { ids } = target
+      const reading = walked(
+        'postgres.read',
+        write,
+        (span) => postgres.read(write.tenant, ids, write.signal, span),
+        ids.length,
+      )
+      const snapshots = await reading
       const known = [...snapshots.values()].filter(({ state }) => state !== 'unknown')
       await reader.keep(
         write.tenant,
         known.map((snapshot) => reader.copyOf(snapshot, sentAtMs)),
+        write.trace,
       )
     }
     return revision
@@ -127,7 +147,7 @@ export class Writer {
       [...snapshots.values()].map(async (snapshot) => ({
         id: snapshot.id,
         snapshot,
-        draft: await origin.fetch(snapshot.id, write.signal),
+        draft: await walked('origin.fetch', write, (span) => origin.fetch(snapshot.id, write.signal, span)),
       })),
     )
   }
@@ -136,18 +156,25 @@ export class Writer {
     const { postgres, origin, reader, tail } = this.#parts
     await untilActive(tail, write)
     if (!origin?.serves(id)) return
-    const snapshot = (await postgres.read(write.tenant, [id], write.signal)).get(id)
-    if (snapshot?.state === 'unknown') await reader.loaded(write.tenant, id, write.signal)
+    const reading = walked('postgres.read', write, (span) =>
+      postgres.read(write.tenant, [id], write.signal, span),
+    )
+    const snapshot = (await reading).get(id)
+    if (snapshot?.state === 'unknown') await reader.loaded(write.tenant, id, write.signal, write.trace)
   }
 
-  async #acknowledge(write: Write, send: (postgres: StoreTier) => Promise<Written>): Promise<Written> {
+  async #acknowledge(
+    operation: TierOperation,
+    write: Write,
+    send: (postgres: StoreTier, context: WriteContext) => Promise<Written>,
+  ): Promise<Written> {
     const { reader, postgres } = this.#parts
     const sentAtMs = reader.now()
-    const written = await send(postgres)
+    const written = await walked(operation, write, (span) => send(postgres, { ...write, span }))
     this.#raise(write.tenant, written.snapshot, written.revision, written.formerTags)
     // A replayed outcome is old news: others may have written since, so it is told but not kept.
     if (!written.replayed) {
-      await reader.keep(write.tenant, [reader.copyOf(written.snapshot, sentAtMs)])
+      await reader.keep(write.tenant, [reader.copyOf(written.snapshot, sentAtMs)], write.trace)
     }
     return written
   }
@@ -178,7 +205,8 @@ function invalidationRow(target: InvalidationTarget, mode: InvalidationMode, rev
 }
 
 /** Follows the tenant's log from before the write, so that what is written can be served from memory after it. */
-async function untilActive(tail: Tail, { tenant, signal }: Write): Promise<void> {
+async function untilActive(tail: Tail, write: Write): Promise<void> {
+  const { tenant, signal } = write
   if (tail.view(tenant) !== undefined) return
-  await tail.activated(tenant, signal)
+  await walked('postgres.log', write, () => tail.activated(tenant, signal))
 }

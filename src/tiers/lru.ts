@@ -88,6 +88,12 @@ const OWNED_WORDS = 2
 const OWNED_PREVIOUS = 0
 const OWNED_NEXT = 1
 
+// The parts of a slot that are no numbers, from `slot * PARTS`.
+const PARTS = 3
+const KEY = 0
+const OWNER = 1
+const VALUE = 2
+
 const FIRST_CAPACITY = 16
 const MAX_ENTRIES = 100_000_000
 /** What a cell of the typed array of costs can hold. */
@@ -114,14 +120,16 @@ export class Lru<V> {
   #costs = new Uint32Array()
   /** Slot numbers; the length is a power of two. */
   #buckets = new Uint32Array()
-  #keys: string[] = []
-  /** The names of their owners. */
-  #names: string[] = []
-  #values: (V | undefined)[] = []
+  /** The key, its owner's name and the value of each slot, from `slot * PARTS`: a look-up that needs one needs all. */
+  #parts: (string | V | undefined)[] = []
   /** Those that hold something, and by slot. */
   readonly #owners = new Map<string, Owner>()
   #ownerOf: (Owner | undefined)[] = []
   #owned = new Uint32Array()
+  /** What was looked for and not found last: it is often what is set next. */
+  #missedKey = ''
+  #missedOwner = ''
+  #missedHash = 0
   /** The first of the slots that were given back, linked through `next`. */
   #free = NONE
 
@@ -165,6 +173,7 @@ export class Lru<V> {
     // Odd, so that multiplying loses nothing.
     this.#multiplier = Math.floor(random() * 2 ** 30) * 2 + 1
     this.#ownerHash = this.#seed
+    this.#missedHash = this.#hash(this.#missedKey, this.#missedOwner)
     this.#reset()
   }
 
@@ -177,9 +186,13 @@ export class Lru<V> {
    * An entry past its hard TTL is removed, and is a miss.
    */
   get(key: string, owner = '', nowMs = this.#now()): V | undefined {
-    const slot = this.#find(key, owner, this.#hash(key, owner))
+    const hash = this.#hash(key, owner)
+    const slot = this.#find(key, owner, hash)
     if (slot === NONE) {
       this.#misses += 1
+      this.#missedKey = key
+      this.#missedOwner = owner
+      this.#missedHash = hash
       return undefined
     }
     const floats = this.#floats
@@ -192,7 +205,7 @@ export class Lru<V> {
     this.#hits += 1
     this.stale = nowMs >= (floats[slot * FLOATS + SOFT_UNTIL] as number)
     this.#touch(slot)
-    return this.#values[slot]
+    return this.#parts[slot * PARTS + VALUE] as V
   }
 
   /** As `get`, but changes neither the order nor the statistics, and removes nothing. */
@@ -200,7 +213,7 @@ export class Lru<V> {
     const slot = this.#findLiving(key, owner)
     if (slot === NONE) return undefined
     this.stale = this.#now() >= (this.#floats[slot * FLOATS + SOFT_UNTIL] as number)
-    return this.#values[slot]
+    return this.#parts[slot * PARTS + VALUE] as V
   }
 
   /** As `peek`: touches nothing. */
@@ -213,7 +226,7 @@ export class Lru<V> {
     const slot = this.#findLiving(key, owner)
     if (slot === NONE) return undefined
     return {
-      value: this.#values[slot] as V,
+      value: this.#parts[slot * PARTS + VALUE] as V,
       cost: this.#costs[slot] as number,
       softUntilMs: this.#floats[slot * FLOATS + SOFT_UNTIL] as number,
       hardUntilMs: this.#floats[slot * FLOATS + HARD_UNTIL] as number,
@@ -234,7 +247,10 @@ export class Lru<V> {
     hardUntilMs = Number.POSITIVE_INFINITY,
     ownerName = '',
   ): boolean {
-    const hash = this.#hash(key, ownerName)
+    const hash =
+      key === this.#missedKey && ownerName === this.#missedOwner
+        ? this.#missedHash
+        : this.#hash(key, ownerName)
     let slot = this.#find(key, ownerName, hash)
     if (cost > this.#maxOwnerBytes || cost > MAX_COST) {
       if (slot !== NONE) {
@@ -251,8 +267,13 @@ export class Lru<V> {
         this.#remove(owner.last)
         this.#evictedForEntries += 1
       }
-      if (this.#size === this.maxEntries && this.#evict()) this.#evictedForEntries += 1
-      slot = this.#insert(key, ownerName, hash)
+      let free = NONE
+      if (this.#size === this.maxEntries) {
+        free = this.#words[PREVIOUS] as number
+        this.#detach(free)
+        this.#evictedForEntries += 1
+      }
+      slot = this.#insert(key, ownerName, hash, free)
       if (this.#hasShares) this.#adopt(slot, ownerName)
       this.#insertions += 1
     } else {
@@ -269,7 +290,7 @@ export class Lru<V> {
     while (this.#bytes + cost > this.maxBytes && this.#evict()) this.#evictedForBytes += 1
     this.#addCost(slot, cost)
     this.#costs[slot] = cost
-    this.#values[slot] = value
+    this.#parts[slot * PARTS + VALUE] = value
     this.#floats[slot * FLOATS + SOFT_UNTIL] = softUntilMs
     this.#floats[slot * FLOATS + HARD_UNTIL] = hardUntilMs
     return true
@@ -279,7 +300,7 @@ export class Lru<V> {
   replace(key: string, value: V, owner = ''): boolean {
     const slot = this.#findLiving(key, owner)
     if (slot === NONE) return false
-    this.#values[slot] = value
+    this.#parts[slot * PARTS + VALUE] = value
     return true
   }
 
@@ -308,7 +329,7 @@ export class Lru<V> {
       slot = this.#words[slot * WORDS + NEXT] as number
     ) {
       if (nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) continue
-      entries.push([this.#keys[slot] as string, this.#values[slot] as V])
+      entries.push([this.#parts[slot * PARTS + KEY] as string, this.#parts[slot * PARTS + VALUE] as V])
     }
     return entries
   }
@@ -348,10 +369,13 @@ export class Lru<V> {
   #find(key: string, owner: string, hash: number): number {
     const words = this.#words
     const buckets = this.#buckets
+    const parts = this.#parts
     let slot = buckets[hash & (buckets.length - 1)] as number
     while (
       slot !== NONE &&
-      (words[slot * WORDS + HASH] !== hash || this.#keys[slot] !== key || this.#names[slot] !== owner)
+      (words[slot * WORDS + HASH] !== hash ||
+        parts[slot * PARTS + KEY] !== key ||
+        parts[slot * PARTS + OWNER] !== owner)
     ) {
       slot = words[slot * WORDS + CHAIN] as number
     }
@@ -436,18 +460,19 @@ export class Lru<V> {
     words[NEXT] = slot
   }
 
-  /** Links a slot for a key that has none. There is room: fewer than `maxEntries` are held. */
-  #insert(key: string, owner: string, hash: number): number {
-    let slot = this.#free
+  /**
+   * Links a slot for a key that has none: the one that has just been detached, if any. There is room: fewer than
+   * `maxEntries` are held.
+   */
+  #insert(key: string, owner: string, hash: number, detached: number): number {
+    let slot = detached === NONE ? this.#free : detached
     if (slot !== NONE) {
-      this.#free = this.#words[slot * WORDS + NEXT] as number
-      this.#keys[slot] = key
-      this.#names[slot] = owner
+      if (detached === NONE) this.#free = this.#words[slot * WORDS + NEXT] as number
+      this.#parts[slot * PARTS + KEY] = key
+      this.#parts[slot * PARTS + OWNER] = owner
     } else {
       if (this.#size === this.#capacity) this.#grow()
-      slot = this.#keys.push(key) - 1
-      this.#names.push(owner)
-      this.#values.push(undefined)
+      slot = this.#parts.push(key, owner, undefined) / PARTS - 1
     }
     this.#words[slot * WORDS + HASH] = hash
     this.#chain(slot, hash)
@@ -465,17 +490,22 @@ export class Lru<V> {
   }
 
   #remove(slot: number): void {
+    this.#detach(slot)
+    this.#parts[slot * PARTS + KEY] = ''
+    this.#parts[slot * PARTS + OWNER] = ''
+    this.#parts[slot * PARTS + VALUE] = undefined
+    this.#words[slot * WORDS + NEXT] = this.#free
+    this.#free = slot
+  }
+
+  /** Takes an entry out of the index and the lists. Its slot is to be used again, or given back. */
+  #detach(slot: number): void {
     this.#unchain(slot)
     this.#unlink(slot)
     const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
     if (owner !== undefined) this.#disown(slot, owner)
     this.#bytes -= this.#costs[slot] as number
     this.#size -= 1
-    this.#keys[slot] = ''
-    this.#names[slot] = ''
-    this.#values[slot] = undefined
-    this.#words[slot * WORDS + NEXT] = this.#free
-    this.#free = slot
   }
 
   #chain(slot: number, hash: number): void {
@@ -509,9 +539,7 @@ export class Lru<V> {
 
   #reset(): void {
     this.#allocate(Math.min(FIRST_CAPACITY, this.maxEntries))
-    this.#keys = ['']
-    this.#names = ['']
-    this.#values = [undefined]
+    this.#parts = ['', '', undefined]
     this.#ownerOf = [undefined]
     this.#owners.clear()
     this.#free = NONE

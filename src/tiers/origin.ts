@@ -4,7 +4,7 @@
  */
 import { ItemCacheError } from '../errors.ts'
 import { type ItemDraft, LIMITS, type Money, type Rating } from '../item.ts'
-import type { OriginTier } from './tier.ts'
+import type { OriginTier, TierSpan } from './tier.ts'
 
 export interface FakeStoreOptions {
   /** The catalogue's base, `http:` or `https:`, without credentials. Products are at `<url>/products/<id>`. */
@@ -85,7 +85,7 @@ export class FakeStoreOrigin implements OriginTier {
    * `ORIGIN_REDIRECT` or `ORIGIN_INVALID`; `exhausted` with reason `ORIGIN_BUSY`; `cancelled`, or the signal's
    * own `ItemCacheError`, when it aborts.
    */
-  async fetch(id: string, signal?: AbortSignal): Promise<ItemDraft | undefined> {
+  async fetch(id: string, signal?: AbortSignal, span?: TierSpan): Promise<ItemDraft | undefined> {
     if (!this.serves(id)) return undefined
     const deadlineMs = this.#now() + this.#overallMs
     const overall = AbortSignal.timeout(this.#overallMs)
@@ -94,7 +94,7 @@ export class FakeStoreOrigin implements OriginTier {
       bound.throwIfAborted()
       const done = await this.#turns.take(bound)
       try {
-        return await this.#attempts(id, bound, deadlineMs)
+        return await this.#attempts(id, bound, deadlineMs, span)
       } finally {
         done()
       }
@@ -103,10 +103,15 @@ export class FakeStoreOrigin implements OriginTier {
     }
   }
 
-  async #attempts(id: string, signal: AbortSignal, deadlineMs: number): Promise<ItemDraft | undefined> {
+  async #attempts(
+    id: string,
+    signal: AbortSignal,
+    deadlineMs: number,
+    span: TierSpan | undefined,
+  ): Promise<ItemDraft | undefined> {
     for (let attempt = 0; ; attempt += 1) {
       try {
-        return await this.#attempt(id, signal)
+        return await this.#attempt(id, signal, span)
       } catch (error) {
         signal.throwIfAborted()
         if (!(error instanceof Failure) || !error.again || attempt >= this.#retries) throw error
@@ -114,20 +119,27 @@ export class FakeStoreOrigin implements OriginTier {
         const pauseMs = Math.max(Math.min(jitterMs, MAX_PAUSE_MS), error.retryAfterMs ?? 0)
         if (pauseMs > MAX_PAUSE_MS || this.#now() + pauseMs >= deadlineMs) throw error
         await this.#sleep(pauseMs, signal)
+        span?.event('retry')
+        span?.note({ 'http.request.resend_count': attempt + 1 })
       }
     }
   }
 
-  async #attempt(id: string, signal: AbortSignal): Promise<ItemDraft | undefined> {
-    const text = await this.#text(new URL(`products/${id}`, this.#base), signal)
+  async #attempt(
+    id: string,
+    signal: AbortSignal,
+    span: TierSpan | undefined,
+  ): Promise<ItemDraft | undefined> {
+    const text = await this.#text(new URL(`products/${id}`, this.#base), signal, span)
     return text === '' || text === 'null' ? undefined : draftOf(id, text)
   }
 
   /** The body of a 200, trimmed; `''` for a 404. */
-  async #text(url: URL, signal: AbortSignal): Promise<string> {
+  async #text(url: URL, signal: AbortSignal, span: TierSpan | undefined): Promise<string> {
     const bound = AbortSignal.any([signal, AbortSignal.timeout(this.#timeoutMs)])
     try {
-      const response = await this.#request(url, bound)
+      const response = await this.#request(url, bound, span)
+      span?.note({ 'url.full': response.url, 'http.response.status_code': response.status })
       if (response.status === 200) return (await this.#body(response)).trim()
       await response.body?.cancel()
       if (response.status === 404) return ''
@@ -139,10 +151,10 @@ export class FakeStoreOrigin implements OriginTier {
   }
 
   /** Follows redirections only within the catalogue's host, and never from https to http. */
-  async #request(start: URL, signal: AbortSignal): Promise<Response> {
+  async #request(start: URL, signal: AbortSignal, span: TierSpan | undefined): Promise<Response> {
     let url = start
     for (let hops = 0; ; hops += 1) {
-      const headers = { accept: 'application/json', 'user-agent': 'itemcache' }
+      const headers = { ...span?.headers(), accept: 'application/json', 'user-agent': 'itemcache' }
       const response = await fetch(url, { headers, signal, redirect: 'manual' })
       const location = response.headers.get('location')
       if (response.status < 300 || response.status > 399 || location === null) return response

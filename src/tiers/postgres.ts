@@ -34,6 +34,7 @@ import type {
   Revision,
   Snapshot,
   StoreTier,
+  TierSpan,
   WriteContext,
   Written,
 } from './tier.ts'
@@ -456,6 +457,15 @@ const SET_WRITER: Prepared = { name: 'writer', text: `SELECT set_config('itemcac
 
 const SET_TENANT: Prepared = { name: 'tenant', text: `SELECT set_config('itemcache.tenant', $1, false)` }
 
+/**
+ * A trace's context for the server: where its administrators look (`pg_stat_activity`, `%a` in the log), and where the
+ * extension pg_tracing does. Not a comment in the statement, which would have to be parsed and planned again.
+ */
+const SET_TRACE: Prepared = {
+  name: 'trace',
+  text: `SELECT set_config('application_name', $1, false), set_config('pg_tracing.trace_context', $2, false)`,
+}
+
 /** For what is about the rows of every tenant. */
 const EVERY_TENANT = ''
 
@@ -468,6 +478,7 @@ interface Session {
   /** Whose rows there are for it. `undefined`: it touches none. */
   readonly tenant: string | undefined
   readonly signal: AbortSignal | undefined
+  readonly traceparent: string | undefined
   broken: boolean
 }
 
@@ -485,6 +496,9 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   #timeline = 0
   /** The tenant that each connection is confined to. */
   readonly #tenants = new WeakMap<pg.PoolClient, string>()
+  /** The trace that each connection was last told of. */
+  readonly #traces = new WeakMap<pg.PoolClient, string | undefined>()
+  readonly #applicationName: string
   /** Of the connections of all pools. */
   readonly #sockets = new Set<Socket>()
   readonly #connection: pg.ClientConfig
@@ -528,6 +542,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     this.#readers = max === 1 ? this.#writers : newPool(Math.ceil(max / 2))
     this.#followers = newPool(FOLLOWER_CONNECTIONS)
     this.#random = options.random ?? Math.random
+    this.#applicationName = options.applicationName ?? 'itemcache'
     this.#maxWaiting = options.maxWaiting ?? 1000
   }
 
@@ -581,14 +596,16 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     tenant: string,
     ids: readonly string[],
     signal?: AbortSignal,
+    span?: TierSpan,
   ): Promise<ReadonlyMap<string, Snapshot>> {
-    return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))
+    return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span))
   }
 
   async list(
     tenant: string,
     query: ListQuery,
     signal?: AbortSignal,
+    span?: TierSpan,
   ): Promise<{ readonly asOf: Revision; readonly items: readonly Snapshot[] }> {
     const { tag, category } = query
     const [statement, filters] =
@@ -604,6 +621,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       statement,
       [tenant, query.afterId, query.limit, ...filters],
       signal,
+      span,
     )
     return {
       asOf: rows[0]?.as_of ?? 0,
@@ -615,11 +633,12 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     tenant: string,
     loaded: ReadonlyMap<string, ItemDraft>,
     signal?: AbortSignal,
+    span?: TierSpan,
   ): Promise<ReadonlyMap<string, Snapshot>> {
     for (const [id, draft] of loaded) checkSize(id, draft)
     const drafts = JSON.stringify(Array.from(loaded, ([id, draft]) => draftJson(id, draft)))
     const rows = await this.#retrying(signal, () =>
-      this.#withSession(this.#writers, 'write', tenant, signal, (session) =>
+      this.#withSession(this.#writers, 'write', tenant, signal, span, (session) =>
         this.#query<DatedRow>(session, INSERT_LOADED, [tenant, drafts]),
       ),
     )
@@ -930,7 +949,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
    */
   #transact<T>(write: WriteContext, work: (session: Session) => Promise<T>): Promise<T> {
     return this.#retrying(write.signal, () =>
-      this.#withSession(this.#writers, 'write', write.tenant, write.signal, async (session) => {
+      this.#withSession(this.#writers, 'write', write.tenant, write.signal, write.span, async (session) => {
         await this.#query(session, 'BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE')
         let result: T
         try {
@@ -981,8 +1000,9 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     statement: Statement,
     values: unknown[] = [],
     signal?: AbortSignal,
+    span?: TierSpan,
   ): Promise<Row[]> {
-    return this.#askOn(this.#readers, tenant, statement, values, signal)
+    return this.#askOn(this.#readers, tenant, statement, values, signal, span)
   }
 
   /** One statement about the log, on connections that readers and writers cannot take. */
@@ -1005,6 +1025,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     statement: Statement,
     values: unknown[],
     signal: AbortSignal | undefined,
+    span?: TierSpan,
   ): Promise<Row[]> {
     const ask = async (session: Session) => {
       const giveUp = () => {
@@ -1017,7 +1038,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
         signal?.removeEventListener('abort', giveUp)
       }
     }
-    return untilAborted(signal, this.#withSession(pool, 'read', tenant, signal, ask))
+    return untilAborted(signal, this.#withSession(pool, 'read', tenant, signal, span, ask))
   }
 
   /** One statement that changes something and may be repeated, in a transaction of its own. */
@@ -1026,9 +1047,10 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     statement: Prepared,
     values: unknown[],
     signal: AbortSignal | undefined,
+    span?: TierSpan,
   ): Promise<number> {
     return this.#retrying(signal, () =>
-      this.#withSession(this.#writers, 'write', tenant, signal, (session) =>
+      this.#withSession(this.#writers, 'write', tenant, signal, span, (session) =>
         this.#count(session, statement, values),
       ),
     )
@@ -1054,6 +1076,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     purpose: Session['purpose'],
     tenant: string | undefined,
     signal: AbortSignal | undefined,
+    span: TierSpan | undefined,
     work: (session: Session) => Promise<T>,
   ): Promise<T> {
     signal?.throwIfAborted()
@@ -1062,7 +1085,14 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     const client = await pool.connect().catch((error) => {
       throw isQueueTimeout(error) && purpose === 'write' ? queuedTooLong(error) : translated(error)
     })
-    const session: Session = { client, purpose, tenant, signal, broken: false }
+    const session: Session = {
+      client,
+      purpose,
+      tenant,
+      signal,
+      traceparent: span?.traceparent,
+      broken: false,
+    }
     try {
       return await work(session)
     } finally {
@@ -1107,6 +1137,21 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     })
   }
 
+  /**
+   * Tells the connection of the trace, or that there is none any more: ahead of the next statement and in the same
+   * packet. Whether that has worked is nobody's concern.
+   */
+  #tellTrace({ client, traceparent }: Session): void {
+    if (this.#traces.get(client) === traceparent) return
+    this.#traces.set(client, traceparent)
+    const name = this.#applicationName
+    const values =
+      traceparent === undefined
+        ? [name, '']
+        : [`${name} ${traceparent.slice(3, -3)}`, `traceparent='${traceparent}'`]
+    client.query({ ...SET_TRACE, values }).catch(() => undefined)
+  }
+
   async #count(session: Session, statement: Statement, values?: unknown[]): Promise<number> {
     return (await this.#send(session, statement, values)).rowCount ?? 0
   }
@@ -1116,6 +1161,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     this.#statements[session.purpose]++
     const { client, tenant } = session
     try {
+      this.#tellTrace(session)
       const confined =
         tenant === undefined || this.#tenants.get(client) === tenant
           ? undefined

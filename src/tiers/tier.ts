@@ -37,6 +37,16 @@ export interface Copy {
   readonly freshUntilMs: number
 }
 
+/** The span of one call of a tier: what the tier passes on of it, and may tell it. */
+export interface TierSpan {
+  /** As W3C's `traceparent`; `undefined` when the trace is not sampled. */
+  readonly traceparent: string | undefined
+  /** What carries the context to a server that speaks HTTP. */
+  headers(): Readonly<Record<string, string>>
+  note(attributes: Readonly<Record<string, string | number>>): void
+  event(name: string): void
+}
+
 /** Why a cache tier was not asked, or did not answer. */
 export type SkipReason = 'off' | 'down' | 'timeout'
 
@@ -142,6 +152,7 @@ export interface WriteContext {
   /** Who writes, for the log; `''` when the caller did not say. */
   readonly clientId: string
   readonly signal?: AbortSignal
+  readonly span?: TierSpan | undefined
 }
 
 /** The outcome of a write that has been committed. */
@@ -178,18 +189,25 @@ export type InvalidationMode = 'EXPIRE' | 'REMOVE'
 export interface StoreTier {
   readonly name: 'postgres'
   /** One statement for all `ids` (1 to 500, distinct); an entry for every id. */
-  read(tenant: string, ids: readonly string[], signal?: AbortSignal): Promise<ReadonlyMap<string, Snapshot>>
+  read(
+    tenant: string,
+    ids: readonly string[],
+    signal?: AbortSignal,
+    span?: TierSpan,
+  ): Promise<ReadonlyMap<string, Snapshot>>
   /** One page in the order of ids, all of one snapshot; at most `limit` present items. */
   list(
     tenant: string,
     query: ListQuery,
     signal?: AbortSignal,
+    span?: TierSpan,
   ): Promise<{ readonly asOf: Revision; readonly items: readonly Snapshot[] }>
   /** Inserts what the origin knows unless a row exists by now, and reads the rows back from a new snapshot. */
   insertLoaded(
     tenant: string,
     loaded: ReadonlyMap<string, ItemDraft>,
     signal?: AbortSignal,
+    span?: TierSpan,
   ): Promise<ReadonlyMap<string, Snapshot>>
   /**
    * Replaces the content of a row with what the origin says now (`undefined`: it knows no such item, which marks
@@ -236,7 +254,7 @@ export interface OriginTier {
   /** Whether the catalogue can know the id at all: `^[1-9][0-9]{0,9}$`. Others are never sent to it. */
   serves(id: string): boolean
   /** `undefined`: the catalogue definitely has no such item. A signal that aborts ends the request. */
-  fetch(id: string, signal?: AbortSignal): Promise<ItemDraft | undefined>
+  fetch(id: string, signal?: AbortSignal, span?: TierSpan): Promise<ItemDraft | undefined>
 }
 
 /** One row of the ordered log. */

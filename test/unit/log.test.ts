@@ -52,6 +52,19 @@ describe('a log line', () => {
     },
   )
 
+  test.each([
+    ['\u009b2J', '\\u009b2J'],
+    ['a\u0085b', 'a\\u0085b'],
+    ['a\u2028{"level":"error"}', 'a\\u2028{"level":"error"}'],
+    ['\u202ecba', '\\u202ecba'],
+    ['\u007f', '\\u007f'],
+  ])('shows what a terminal would obey by its code: %j', (id, shown) => {
+    const { log, lines, only } = capture()
+    log.info({ id, [id]: 1 }, id)
+    expect(only()).toMatchObject({ id: shown, msg: shown, [shown]: 1 })
+    expect(lines[0]).not.toContain(id)
+  })
+
   test('bounds every text to 256 characters and every list to 32 entries', () => {
     const { log, only } = capture()
     const long = 'x'.repeat(100_000)

@@ -4,6 +4,7 @@ import { expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
+import { RequestLog } from '../../src/observe/request-log.ts'
 import { startAuth } from '../../src/rpc/auth.ts'
 import { serverStream } from '../../src/rpc/call.ts'
 import { Unsent } from '../../src/rpc/unsent.ts'
@@ -38,6 +39,7 @@ function drainedStream() {
   const log = createLogger({ level: 'silent', version: '0.0.0' })
   const frame = {
     log,
+    requests: new RequestLog({ log, hitsOneIn: 0, slowMs: 1000, now: () => 0, random: () => 0 }),
     metrics: new Metrics({ methods: [METHOD] }),
     auth: startAuth({ kind: 'none' }, { log }),
     now: () => 0,

@@ -1,0 +1,112 @@
+/** One workload over ItemCache and over what people would use instead: CPU of the serving process, and reads that reach SQL. */
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { fillItems } from '../bed.ts'
+import { LOAD_CORE, SERVER_CORE, start } from '../control.ts'
+import type { Measured } from '../report.ts'
+import { median } from '../report.ts'
+import type { Run } from '../rows.ts'
+import { ITEM_BYTES, startHot, warm } from '../rpc/hot.ts'
+import type { Mix } from '../rpc/mixed-load.ts'
+import type { EdgeOptions, Kind } from './edge.ts'
+
+const KINDS: readonly Kind[] = ['no cache', 'Redis cache-aside', 'bentocache', 'cacheable']
+const WRITES = 0.05
+
+interface Served {
+  readonly name: string
+  readonly address: string
+  cpuUs(): Promise<number>
+  selects(): Promise<number>
+}
+
+export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
+  const items = full ? 1_000_000 : 50_000
+  const calls = full ? 100_000 : 12_000
+  const rounds = full ? 5 : 3
+  const memoryEntries = items / 10
+  await using stack = new AsyncDisposableStack()
+  progress(`writing ${items} items`)
+  const hot = stack.use(await startHot(items, { env: { ITEMCACHE_MEMORY_MAX_ENTRIES: `${memoryEntries}` } }))
+  // Theirs are others: what they write must not cost ours anything.
+  await fillItems(await hot.bed.sql(), 'peer', items, ITEM_BYTES)
+  progress('reading them into Redis')
+  await warm(hot.instance, 0, items)
+  const all: Served[] = [
+    {
+      name: 'ItemCache',
+      address: hot.instance.address,
+      cpuUs: hot.instance.cpuUs,
+      selects: async () => Number((await hot.instance.metrics()).loads),
+    },
+  ]
+  for (const kind of KINDS) {
+    progress(`filling ${kind}`)
+    const edge = stack.use(start(join(import.meta.dirname, 'edge.ts'), { core: SERVER_CORE }))
+    const options: EdgeOptions = {
+      kind,
+      databaseUrl: hot.bed.databaseUrl,
+      redisSocket: hot.bed.redisSocket,
+      memoryEntries,
+    }
+    const address = await edge.ask<string>('listen', options)
+    all.push({ name: kind, address, cpuUs: edge.cpuUs, selects: () => edge.ask<number>('selects') })
+  }
+  const load = stack.use(start(join(import.meta.dirname, '..', 'rpc', 'mixed-load.ts'), { core: LOAD_CORE }))
+
+  const cpu = new Map<string, number[]>(all.map(({ name }) => [name, []]))
+  const sql = new Map<string, number[]>(all.map(({ name }) => [name, []]))
+  const failures = new Map<string, number>()
+  // Redis and PostgreSQL were busy being filled; breakers that opened meanwhile close again.
+  await sleep(5000)
+  for (let round = 0; round <= rounds; round++) {
+    for (const { name, address, cpuUs, selects } of all) {
+      const before = { us: await cpuUs(), selects: await selects() }
+      const mix: Mix = {
+        address,
+        calls,
+        items,
+        zipf: 0.99,
+        writes: WRITES,
+        connections: 8,
+        concurrent: 64,
+        seed: round,
+      }
+      const { failed, reads } = await load.ask<{ failed: number; reads: number }>('run', mix)
+      if (round > 0) failures.set(name, (failures.get(name) ?? 0) + failed)
+      const perRead = ((await cpuUs()) - before.us) / reads
+      const sqlPerRead = ((await selects()) - before.selects) / reads
+      progress(
+        `round ${round}: ${name}, ${perRead.toFixed(0)} µs a read, ${sqlPerRead.toFixed(4)} SQL reads a read`,
+      )
+      // The first round warms up: a memory that was filled in the order of ids holds what came last.
+      if (round > 0) {
+        cpu.get(name)?.push(perRead)
+        sql.get(name)?.push(sqlPerRead)
+      }
+    }
+  }
+  /** Reads in a second of the serving process's CPU. */
+  const speed = (name: string) => 1e6 / median(cpu.get(name) ?? [])
+  const ratio = (name: string) =>
+    median((cpu.get(name) ?? []).map((theirs, n) => theirs / (cpu.get('ItemCache')?.[n] ?? Number.NaN)))
+  const selects = (name: string) => median(sql.get(name) ?? [])
+  const lost = [...failures]
+    .filter(([, count]) => count > 0)
+    .map(([name, count]) => `${count} calls of ${name} failed`)
+  const note = [`${items.toLocaleString('en')} ids`, ...lost].join(', ')
+  return [
+    {
+      row: 'zipf-sql',
+      ours: 100 * (1 - selects('ItemCache') / selects('no cache')),
+      note: `${note}; ${selects('ItemCache').toFixed(4)} to ${selects('no cache').toFixed(2)} a read`,
+    },
+    ...KINDS.map((kind) => ({
+      row: `zipf-${kind}`,
+      ours: speed('ItemCache'),
+      peer: speed(kind),
+      ratio: ratio(kind),
+      note,
+    })),
+  ]
+}
