@@ -39,7 +39,7 @@ function find(name: ToolName): readonly string[] | undefined {
   }
   if (spawnSync('docker', ['image', 'inspect', IMAGE], { stdio: 'ignore' }).status !== 0) return undefined
   const core = LOAD_CORE === undefined ? [] : ['--cpuset-cpus', `${LOAD_CORE}`]
-  // Files are named by their paths here: requests are temporary files, and ghz reads the proto.
+  // Files are named by their paths here: requests are temporary files, configurations the repository's.
   return [
     'docker',
     'run',

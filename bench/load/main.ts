@@ -30,7 +30,7 @@ const names = readdirSync(FOLDER)
   .map((file) => basename(file, '.json'))
   .filter((name) => positionals.length === 0 || positionals.includes(name))
 {
-  await using client = connect(values.target)
+  await using client = connect(values.target, { timeoutMs: 60_000 })
   for (let n = 0; n < ITEMS; n += 20) {
     const ids = Array.from({ length: 20 }, (_, i) => `load-${n + i}`)
     await Promise.all(

@@ -11,7 +11,7 @@ import type { Traced } from './lru-trace.ts'
 const OTHERS = Object.keys(CACHES).filter((name) => name !== 'ours')
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
-  const rounds = full ? 9 : 3
+  const rounds = full ? 9 : 2
   const runs = new Map<string, Traced[]>()
   for (let round = 1; round <= rounds; round++) {
     for (const name of Object.keys(CACHES)) {

@@ -12,7 +12,7 @@ const CALLS = 20_000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   const many = full ? 1_000_000 : 100_000
-  const rounds = full ? 9 : 5
+  const rounds = full ? 9 : 3
   progress(`writing ${many} items`)
   await using hot = await startHot(many)
   const { instance: large } = hot

@@ -10,9 +10,9 @@ const FEW = 10_000
 const PER_S = 2000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
-  const many = full ? 1_000_000 : 300_000
+  const many = full ? 1_000_000 : 100_000
   const seconds = full ? 30 : 10
-  const rounds = full ? 7 : 3
+  const rounds = full ? 7 : 2
   progress(`writing ${many} items`)
   await using hot = await startHot(many)
   const { instance: large } = hot

@@ -61,7 +61,8 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
     const before = await seen(address)
     const took = await during(process, each)
     const delivered = (await seen(address)).messages - before.messages
-    if (delivered < SUBSCRIBERS * WRITES_PER_S * seconds * 0.9)
+    // Events that come together travel in one message.
+    if (delivered < SUBSCRIBERS * WRITES_PER_S * seconds * 0.5)
       throw new Error(`only ${delivered} deliveries`)
     return (took - otherwiseUs) / delivered
   }
