@@ -153,10 +153,11 @@ export async function startApp(config: Config, options: AppOptions): Promise<App
   let tellPage = () => {}
   const guard = (tier: 'redis' | 'postgres' | 'origin') => ({
     ...config.breaker,
-    onStateChange: (state: BreakerState) => {
+    onStateChange: (state: BreakerState, shard: string) => {
       metrics.breakerChanges[tier][state]++
-      if (state === 'CLOSED') log.info({ tier, breaker: state }, 'the circuit breaker is closed')
-      else log.warn({ tier, breaker: state }, 'the circuit breaker is not closed')
+      const which = { tier, breaker: state, ...(shard !== '' && { shard }) }
+      if (state === 'CLOSED') log.info(which, 'the circuit breaker is closed')
+      else log.warn(which, 'the circuit breaker is not closed')
       tellPage()
     },
   })

@@ -449,7 +449,7 @@ const TABLE = {
     group: WHAT,
     default: '',
     description:
-      'Redis, Valkey, KeyDB or Dragonfly: redis://, rediss:// (TLS; ?ca=FILE&cert=FILE&key=FILE), unix:/path, or the comma-separated nodes of a cluster; off disables the tier. Unset: a private Redis, from the PATH or, on Debian and its like, a private copy that apt fetches.',
+      'Redis, Valkey, KeyDB or Dragonfly: redis://, rediss:// (TLS; ?ca=FILE&cert=FILE&key=FILE), unix:/path, the comma-separated nodes of a cluster, or redis+sentinel://host:port,host:port/name; off disables the tier. Unset: a private Redis, from the PATH or, on Debian and its like, a private copy that apt fetches.',
     secret: true,
     parse: redisTarget,
   },

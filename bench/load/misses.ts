@@ -33,7 +33,8 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
     await sleep(500)
     const statements = postgres.statements.slice(from.sql)
     counts.push({
-      sql: statements.filter((text) => /\bitems\b|set_config\('itemcache.tenant'/.test(text)).length,
+      sql: statements.filter(({ text, values }) => /\bitems\b|set_config/.test(text) && values[0] === tenant)
+        .length,
       trips: redis.roundTrips - from.trips,
       commands: redis.commands.length - from.redis,
       ms,

@@ -30,6 +30,7 @@ import type {
   LockClaim,
   LockState,
   OriginTier,
+  Shards,
   StoreTier,
 } from './tier.ts'
 
@@ -47,7 +48,8 @@ export interface GuardOptions {
   readonly probeEveryMs?: number
   /** Most calls under way. */
   readonly maxCalls: number
-  readonly onStateChange?: (state: BreakerState) => void
+  /** `shard` is the server of a cluster that the breaker is for; `''` when there is one breaker for all. */
+  readonly onStateChange?: (state: BreakerState, shard: string) => void
 }
 
 /** How a call ended that was answered, but not well enough. */
@@ -115,7 +117,7 @@ export class Guard implements Disposable {
     })
     this.#bulkheads = { read: bulkhead(options.maxCalls, 0), write: bulkhead(options.maxCalls, 0) }
     this.#breaker.onStateChange((state) => {
-      options.onStateChange?.(STATES[state])
+      options.onStateChange?.(STATES[state], '')
       clearInterval(this.#timer)
       if (state === CircuitState.Closed || probe === undefined) return
       this.#timer = setInterval(() => void this.run(probe).catch(() => {}), probeEveryMs).unref()
@@ -184,36 +186,49 @@ export class Guard implements Disposable {
 const isGivenUp = (error: unknown): boolean =>
   error instanceof ItemCacheError && (error.code === 'cancelled' || error.code === 'timeout')
 
-/** Redis behind a guard: while it is open, its copies are missing and nobody waits for its locks. */
+/** What Redis is to its guards. */
+export type GuardableRedis = CacheTier & LoadLocks & Partial<Shards>
+
+/** From the most to the least worrying. */
+const WORST_FIRST: readonly BreakerState[] = ['OPEN', 'HALF_OPEN', 'CLOSED']
+
+/**
+ * Redis behind a guard: while it is open, its copies are missing and nobody waits for its locks. The primaries of a
+ * cluster have a guard each, so that one which is lost costs only its own keys; the one that takes over has a new one.
+ */
 export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
   readonly name = 'redis'
-  readonly #guard: Guard
-  readonly #redis: CacheTier & LoadLocks
-  readonly #slowMs: number
+  readonly #guards = new Map<string, Guard>()
+  readonly #redis: GuardableRedis
+  readonly #options: GuardOptions & { readonly slowMs: number }
 
   /** A call that takes longer than `slowMs` counts as failed. */
-  constructor(redis: CacheTier & LoadLocks, options: GuardOptions & { readonly slowMs: number }) {
+  constructor(redis: GuardableRedis, options: GuardOptions & { readonly slowMs: number }) {
     this.#redis = redis
-    this.#slowMs = options.slowMs
-    // Its methods never throw. A probe asks for a copy that nobody has.
-    const probe = async () => {
-      const { call, isPoor } = this.#judged(() => redis.read('', ['']), isFailed)
-      if (isPoor(await call())) throw new Error('the probe found Redis slow or down')
-    }
-    this.#guard = new Guard(options, () => true, probe)
+    this.#options = options
   }
 
+  /** The worst of the shards'. */
   get state(): BreakerState {
-    return this.#guard.state
+    const states = new Set(Array.from(this.#guards.values(), ({ state }) => state))
+    return WORST_FIRST.find((state) => states.has(state)) ?? 'CLOSED'
   }
 
   async read(tenant: string, ids: readonly string[]): Promise<CacheAnswer> {
-    const down: CacheAnswer = { copies: new Map(), skipped: 'down' }
-    return this.#timed(() => this.#redis.read(tenant, ids), isFailed, down)
+    const answers = await this.#perShard(
+      tenant,
+      ids,
+      (id) => id,
+      (own) => this.#redis.read(tenant, own),
+      (): CacheAnswer => ({ copies: new Map(), skipped: 'down' }),
+      isFailed,
+    )
+    return answers.length === 1 && answers[0] !== undefined ? answers[0] : merged(answers)
   }
 
   async store(tenant: string, copies: readonly Copy[]): Promise<void> {
-    await this.#timed(() => this.#redis.store(tenant, copies), undefined, undefined)
+    const store = (own: readonly Copy[]) => this.#redis.store(tenant, own)
+    await this.#perShard(tenant, copies, ({ id }) => id, store, nothing)
   }
 
   /** Not guarded: whoever inspects wants to see for themselves. */
@@ -222,30 +237,79 @@ export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
   }
 
   async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
-    const nobody = new Map(claims.map(({ id }) => [id, 'free' as const]))
-    return this.#timed(() => this.#redis.acquire(tenant, claims), undefined, nobody)
+    const answers = await this.#perShard(
+      tenant,
+      claims,
+      ({ id }) => id,
+      (own) => this.#redis.acquire(tenant, own),
+      (own): ReadonlyMap<string, LockState> => new Map(own.map(({ id }) => [id, 'free'])),
+    )
+    return answers.length === 1 && answers[0] !== undefined
+      ? answers[0]
+      : new Map(answers.flatMap((answer) => [...answer]))
   }
 
   async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
-    await this.#timed(() => this.#redis.renew(tenant, claims), undefined, undefined)
+    const renew = (own: readonly LockClaim[]) => this.#redis.renew(tenant, own)
+    await this.#perShard(tenant, claims, ({ id }) => id, renew, nothing)
   }
 
   async release(tenant: string, claim: LockClaim, openMs: number): Promise<void> {
-    await this.#timed(() => this.#redis.release(tenant, claim, openMs), undefined, undefined)
+    const release = () => this.#redis.release(tenant, claim, openMs)
+    await this.#perShard(tenant, [claim], ({ id }) => id, release, nothing)
   }
 
   [Symbol.dispose](): void {
-    this.#guard[Symbol.dispose]()
+    for (const guard of this.#guards.values()) guard[Symbol.dispose]()
+    this.#guards.clear()
   }
 
-  async #timed<T>(call: () => Promise<T>, isPoor?: (answer: T) => boolean, instead?: T): Promise<T> {
-    const timed = this.#judged(call, isPoor)
-    try {
-      return await this.#guard.run(timed.call, timed.isPoor)
-    } catch (error) {
-      if (error instanceof Refused) return instead as T
-      throw error
+  /** Makes one call for the things of each shard, all at once. `instead` is the answer where the guard lets nobody through. */
+  #perShard<E, T>(
+    tenant: string,
+    things: readonly E[],
+    idOf: (thing: E) => string,
+    call: (own: readonly E[]) => Promise<T>,
+    instead: (own: readonly E[]) => T,
+    isPoor?: (answer: T) => boolean,
+  ): Promise<readonly T[]> {
+    const redis = this.#redis
+    const timed = async (shard: string, own: readonly E[]) => {
+      const judged = this.#judged(() => call(own), isPoor)
+      try {
+        return await this.#guardOf(shard).run(judged.call, judged.isPoor)
+      } catch (error) {
+        if (error instanceof Refused) return instead(own)
+        throw error
+      }
     }
+    if (redis.shardOf === undefined) return Promise.all([timed('', things)])
+    const byShard = Map.groupBy(things, (thing) => redis.shardOf?.(tenant, idOf(thing)) ?? '')
+    return Promise.all(Array.from(byShard, ([shard, own]) => timed(shard, own)))
+  }
+
+  #guardOf(shard: string): Guard {
+    const known = this.#guards.get(shard)
+    if (known !== undefined) return known
+    const { onStateChange, ...options } = this.#options
+    // Its methods never throw. A probe asks for a copy that nobody has.
+    const probe = async () => {
+      const id = this.#redis.idOn === undefined ? '' : this.#redis.idOn(shard)
+      if (id === undefined) return this.#guards.delete(shard)
+      const { call, isPoor } = this.#judged(() => this.#redis.read('', [id]), isFailed)
+      if (isPoor(await call())) throw new Error('the probe found Redis slow or down')
+    }
+    const guard = new Guard(
+      { ...options, ...(onStateChange && { onStateChange: (state) => onStateChange(state, shard) }) },
+      () => true,
+      probe,
+    )
+    // A failover leaves the guard of a server behind that has no keys any more.
+    for (const [other, { state }] of this.#guards) {
+      if (state === 'CLOSED' && this.#redis.idOn?.(other) === undefined) this.#guards.delete(other)
+    }
+    this.#guards.set(shard, guard)
+    return guard
   }
 
   /** A call whose answer is also poor when it was slow. */
@@ -257,7 +321,7 @@ export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
     return {
       call: async () => {
         // What has arrived is read first: that this process was busy says nothing of Redis.
-        const timer = setTimeout(() => setImmediate(becomeSlow), this.#slowMs)
+        const timer = setTimeout(() => setImmediate(becomeSlow), this.#options.slowMs)
         try {
           return await call()
         } finally {
@@ -267,6 +331,16 @@ export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
       isPoor: (answer: T) => isSlow || isPoor(answer),
     }
   }
+}
+
+const nothing = () => undefined
+
+/** What the shards have together: a reason for a miss only when none of them answered. */
+function merged(answers: readonly CacheAnswer[]): CacheAnswer {
+  const copies = new Map(answers.flatMap((answer) => [...answer.copies]))
+  const skipped = answers.map((answer) => answer.skipped)
+  if (skipped.length === 0 || skipped.includes(undefined)) return { copies }
+  return { copies, skipped: skipped.includes('timeout') ? 'timeout' : 'down' }
 }
 
 const isFailed = ({ skipped }: CacheAnswer): boolean => skipped === 'timeout' || skipped === 'down'

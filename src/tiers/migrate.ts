@@ -69,6 +69,19 @@ export async function migrate(client: SqlConnection, migrations?: readonly Migra
   }
 }
 
+/** What a database lacks of the schema of this release, without changing anything. Throws as `migrate` does. */
+export async function pendingMigrations(
+  client: SqlConnection,
+  migrations?: readonly Migration[],
+): Promise<{ readonly applied: number; readonly pending: readonly Migration[] }> {
+  const known = migrations ?? (await knownMigrations())
+  await checkServer(client)
+  const { rows } = await client.query(`SELECT to_regclass('itemcache_migrations') IS NOT NULL AS exists`)
+  const applied = (rows[0] as { exists: boolean }).exists ? await appliedChecksums(client) : new Map()
+  checkHistory(known, applied)
+  return { applied: applied.size, pending: known.filter(({ version }) => !applied.has(version)) }
+}
+
 async function checkServer(client: SqlConnection): Promise<void> {
   const { rows } = await client.query(
     `SELECT current_setting('server_version_num')::integer AS version,

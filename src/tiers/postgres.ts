@@ -110,6 +110,20 @@ export async function connectPostgres(options: PostgresOptions): Promise<Postgre
   return new PostgresTier(options)
 }
 
+/** One connection, made as the tier makes its own, for those who examine a database. Rejects with the driver's error. */
+export async function dialPostgres(options: PostgresOptions): Promise<pg.Client & AsyncDisposable> {
+  const client = new pg.Client(clientConfig(options))
+  client.on('error', () => undefined)
+  const end = { [Symbol.asyncDispose]: () => client.end().catch(() => undefined) }
+  try {
+    await client.connect()
+  } catch (error) {
+    await end[Symbol.asyncDispose]()
+    throw error
+  }
+  return Object.assign(client, end)
+}
+
 function clientConfig(options: PostgresOptions) {
   const statementMs = options.statementTimeoutMs ?? 5000
   return {

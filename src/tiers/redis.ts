@@ -39,6 +39,7 @@ import type {
   LoadLocks,
   LockClaim,
   LockState,
+  Shards,
   SkipReason,
 } from './tier.ts'
 
@@ -107,7 +108,7 @@ export interface RedisServer {
 const KEYS_PER_COMMAND = 100
 const TIMED_OUT = 'Command timed out'
 /** ioredis takes silence for shorter than this for no failure: this process may be too busy to read what is there. */
-const SILENCE_MS = 2_000
+const SILENCE_MS = 1_000
 const RECONNECT_MAX_MS = 1_000
 
 interface Keyed {
@@ -126,8 +127,11 @@ interface Order<E> {
   readonly give: (to: ChainableCommander | Redis | Cluster, entries: readonly E[]) => unknown
 }
 
-export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
+export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable {
   readonly name = 'redis'
+  /** `undefined` unless there is a cluster. */
+  readonly shardOf: Shards['shardOf']
+  readonly idOn: Shards['idOn']
   readonly counters: RedisCounters = { hits: 0, misses: 0, errors: 0, timeouts: 0, corrupt: 0, roundTrips: 0 }
   readonly #client: Redis | Cluster
   readonly #prefix: string
@@ -159,6 +163,11 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
       options.connectTimeoutMs ?? 2_000,
       options.random,
     )
+    const client = this.#client
+    if (client instanceof Cluster) {
+      this.shardOf = (tenant, id) => client.slots[slotOf(redisKey(this.#prefix, tenant, id))]?.[0] ?? ''
+      this.idOn = (shard) => this.#idOn(client, shard)
+    }
     this.#client.on('ready', () => {
       this.#lastError = ''
       this.#changed('ready', '')
@@ -305,6 +314,13 @@ export class RedisTier implements CacheTier, LoadLocks, AsyncDisposable {
     })
   }
 
+  /** While the cluster is out of reach nobody knows what lies where, and any id will do. */
+  #idOn(client: Cluster, shard: string): string | undefined {
+    if (client.status !== 'ready') return ''
+    if (!client.slots.some(([primary]) => primary === shard)) return undefined
+    for (let i = 0; ; i += 1) if (this.shardOf?.('', `${i}`) === shard) return `${i}`
+  }
+
   #nextTtlMs(): number {
     const ttlMs = this.#ttlMs * (1 + this.#jitter * (2 * this.#random() - 1))
     return Math.min(Math.max(Math.round(ttlMs), 1), MAX_TTL_MS)
@@ -439,9 +455,13 @@ const STORE: Order<Stored> = {
     ),
 }
 
+/** The slot of a cluster that a key is in. */
+export function slotOf(key: string): number {
+  return new Command('get', [key]).getSlot()
+}
+
 /** The entries of each node: a pipeline with keys of several would be refused. */
 function byNode<E extends Keyed>(cluster: Cluster, entries: readonly E[]): readonly (readonly E[])[] {
-  const slotOf = (key: string) => new Command('get', [key]).getSlot()
   return [...Map.groupBy(entries, ({ key }) => cluster.slots[slotOf(key)]?.join() ?? '').values()]
 }
 
@@ -463,6 +483,35 @@ function lockState(reply: Reply | undefined): LockState {
   if (typeof answer !== 'number' || answer === LOCK_IS_OPEN) return 'free'
   if (answer === LOCK_IS_HANDED_ON) return 'handed-on'
   return answer === LOCK_IS_OURS ? 'ours' : answer
+}
+
+/**
+ * Connects as the tier does, for those who examine a Redis: resolves when it answers, and rejects with the reason
+ * why it does not. Disposing it closes the connection.
+ */
+export async function dialRedis(
+  target: RedisTarget,
+  timeoutMs: number,
+): Promise<(Redis | Cluster) & AsyncDisposable> {
+  const client = connect(target, timeoutMs, timeoutMs, Math.random)
+  const { promise, resolve, reject } = Promise.withResolvers<void>()
+  let lastError = new Error('no answer in time')
+  client.on('ready', resolve)
+  client.on('error', (error: Error & { lastNodeError?: Error }) => {
+    lastError = error.lastNodeError ?? error
+    // Another node of a cluster may answer.
+    if (!client.isCluster) reject(lastError)
+  })
+  const timer = setTimeout(() => reject(lastError), 2 * timeoutMs)
+  try {
+    await promise
+  } catch (error) {
+    client.disconnect()
+    throw error
+  } finally {
+    clearTimeout(timer)
+  }
+  return Object.assign(client, { [Symbol.asyncDispose]: async () => client.disconnect() })
 }
 
 const keepName: DNSLookupFunction = (host, done) => done(null, host)
@@ -503,6 +552,23 @@ function connect(
     releaseLock: { lua: RELEASE_SCRIPT, numberOfKeys: 1 },
   }
 
+  if (target.sentinel !== undefined) {
+    const { name, username, password } = target.sentinel
+    return new Redis({
+      ...connection,
+      sentinels: [...target.nodes],
+      name,
+      db: target.db,
+      ...(username === '' ? {} : { sentinelUsername: username }),
+      ...(password === '' ? {} : { sentinelPassword: password }),
+      ...(target.tls === undefined ? {} : { sentinelTLS: target.tls, enableTLSForSentinelMode: true }),
+      sentinelCommandTimeout: connectTimeoutMs,
+      sentinelRetryStrategy: retryDelay,
+      scripts,
+      enableOfflineQueue: false,
+      retryStrategy: retryDelay,
+    })
+  }
   if (target.nodes.length > 1) {
     const cluster = {
       redisOptions: connection,

@@ -115,6 +115,14 @@ export interface LoadLocks {
   release(tenant: string, claim: LockClaim, openMs: number): Promise<void>
 }
 
+/** Where the keys of a cache lie that has several servers, each of which may fail alone. */
+export interface Shards {
+  /** The server that holds an id's copy and lock, by its address. */
+  readonly shardOf: ((tenant: string, id: string) => string) | undefined
+  /** An id of the tenant `''` that lies there; `undefined`: none does any more. */
+  readonly idOn: ((shard: string) => string | undefined) | undefined
+}
+
 /** What PostgreSQL knows of an id at `asOf`. */
 export interface Snapshot {
   readonly id: string

@@ -2,7 +2,7 @@
 import { once } from 'node:events'
 import { type AddressInfo, connect, createServer, type Socket } from 'node:net'
 import type { Browser, BrowserContextOptions, Page } from 'playwright-core'
-import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest'
 import { chromiumProgram, NO_CHROMIUM, startChromium } from '../support/browser.ts'
 import { callerAs } from '../support/caller.ts'
 import { startLoad } from '../support/load.ts'
@@ -18,6 +18,9 @@ let redis: OwnServer
 let service: TestService
 let url: string
 
+// A browser is many processes, and each of them waits for its turn on a busy machine.
+vi.setConfig({ testTimeout: 240_000 })
+
 beforeEach(({ skip }) => skip(chromiumProgram === undefined, NO_CHROMIUM))
 
 beforeAll(async () => {
@@ -26,7 +29,7 @@ beforeAll(async () => {
   browser = starting.use(await startChromium())
   redis = starting.use(await freshRedis())
   service = starting.use(await startService({ env: { REDIS_URL: redis.url } }))
-  starting.use(startLoad(service.client))
+  starting.use(startLoad(service.client, 40))
   url = `http://127.0.0.1:${service.app.admin?.port}/`
   held = starting.move()
 })
@@ -41,7 +44,7 @@ interface Opened extends AsyncDisposable {
 /** Opens the page and waits for its first data. */
 async function open(options: BrowserContextOptions = {}, address = url): Promise<Opened> {
   const context = await browser.newContext({ viewport: WIDE, ...options })
-  context.setDefaultTimeout(20_000)
+  context.setDefaultTimeout(60_000)
   const page = await context.newPage()
   const problems: string[] = []
   page.on('console', (message) => problems.push(`${message.type()}: ${message.text()}`))

@@ -59,7 +59,7 @@ async function timed(pages: readonly Page[], what: string, headline: string): Pr
   const beganMs = performance.now()
   await Promise.all(
     pages.map(async (page) => {
-      await page.locator('#headline-text', { hasText: headline }).waitFor()
+      await page.locator('#headline-text', { hasText: headline }).waitFor({ timeout: 120_000 })
       const { width } = page.viewportSize() ?? { width: 0 }
       console.log(`${what}, at ${width} pixels: ${Math.round(performance.now() - beganMs)} ms`)
     }),

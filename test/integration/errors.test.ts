@@ -528,7 +528,6 @@ describe('INTERNAL', () => {
     const { client } = broken
     const errors = [
       await client.call('getItem', { id: 'a' }).catch((error: ServiceError) => error),
-      await client.call('batchGetItems', { ids: ['a', 'b'] }).catch((error: ServiceError) => error),
       await client.call('listItems', {}).catch((error: ServiceError) => error),
       await client.call('createItem', { item: { id: 'a' } }).catch((error: ServiceError) => error),
       await client.call('inspectItem', { id: 'a' }).catch((error: ServiceError) => error),
@@ -543,6 +542,15 @@ describe('INTERNAL', () => {
       expect(`${failure.message}${String(details)}`).not.toMatch(/relation|items|select|postgres|sql/i)
       const line = lines.find((one) => one.includes(`${reference}`))
       expect(line).toContain('relation \\"items\\" does not exist')
+    }
+    // Each item of a batch by itself.
+    const { results } = await client.call('batchGetItems', { ids: ['a', 'b'] })
+    expect(results).toHaveLength(2)
+    for (const { result } of results) {
+      const { code, reason, message } = result.case === 'error' ? result.value : {}
+      expect({ code, reason }).toEqual({ code: status.INTERNAL, reason: 'INTERNAL' })
+      const reference = /^internal error, reference ([0-9a-f]{16})$/.exec(message ?? '')?.[1]
+      expect(lines.find((one) => one.includes(`${reference}`))).toContain('does not exist')
     }
     await there('ALTER TABLE misplaced RENAME TO items')
     expect((await client.failure('getItem', { id: 'a' })).code).toBe(status.NOT_FOUND)

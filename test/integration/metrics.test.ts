@@ -220,7 +220,9 @@ describe('metrics of Redis and PostgreSQL', () => {
       .toMatchObject({ up: 0, clients: undefined, closed: 0, opened: expect.toSatisfy((n) => n > 0) })
   })
 
-  test('show that PostgreSQL does not answer, and for how long nothing was heard of the log', async () => {
+  test('show that PostgreSQL does not answer, and for how long nothing was heard of the log', {
+    timeout: 150_000,
+  }, async () => {
     await using postgres = await freshPostgres()
     await using service = await startService({ databaseUrl: postgres.url })
     const seen = async () => {
@@ -229,10 +231,10 @@ describe('metrics of Redis and PostgreSQL', () => {
       return { up: scrape.value('itemcache_tier_up', { tier: 'postgres' }), silent: age > 1.5 }
     }
     await service.client.call('getItem', { id: '1' })
-    await expect.poll(seen).toEqual({ up: 1, silent: false })
+    await expect.poll(seen, { timeout: 40_000 }).toEqual({ up: 1, silent: false })
     postgres.pause()
-    await expect.poll(seen).toEqual({ up: 0, silent: true })
+    await expect.poll(seen, { timeout: 40_000 }).toEqual({ up: 0, silent: true })
     postgres.resume()
-    await expect.poll(seen).toEqual({ up: 1, silent: false })
+    await expect.poll(seen, { timeout: 40_000 }).toEqual({ up: 1, silent: false })
   })
 })

@@ -1,27 +1,11 @@
-import { type ChildProcess, spawn } from 'node:child_process'
-import { once } from 'node:events'
-import { mkdtemp, rm } from 'node:fs/promises'
-import { type AddressInfo, createServer } from 'node:net'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { Command, Redis } from 'ioredis'
+import { Command } from 'ioredis'
 import { afterAll, beforeAll, expect, inject, test } from 'vitest'
-import { findRedis } from '../../src/embedded/redis.ts'
 import { RedisTier } from '../../src/tiers/redis.ts'
 import { redisKey } from '../../src/tiers/redis-format.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
-
-const SLOTS = 16_384
-
-/** One primary of the cluster, and a client that talks to it alone. */
-interface Node {
-  readonly port: number
-  readonly client: Redis
-  readonly name: string
-  kill(): Promise<void>
-  restart(): Promise<void>
-}
+import { type ClusterNode, SLOTS, startCluster } from '../support/redis-cluster.ts'
+import { makeRunDirectory } from '../support/run-directory.ts'
 
 function now(): number {
   return performance.now()
@@ -36,89 +20,22 @@ function slotOf(id: string): number {
   return new Command('get', [redisKey('test', 't', id)]).getSlot()
 }
 
-/** A port whose neighbour 10,000 above, where the nodes talk among themselves, is free too. */
-async function freePort(): Promise<number> {
-  for (;;) {
-    const server = createServer().listen(0, '127.0.0.1')
-    await once(server, 'listening')
-    const { port } = server.address() as AddressInfo
-    const bus = createServer().listen(port + 10_000 > 65_535 ? 0 : port + 10_000, '127.0.0.1')
-    const free = await once(bus, 'listening').then(
-      () => (bus.address() as AddressInfo).port === port + 10_000,
-      () => false,
-    )
-    server.close()
-    bus.close()
-    if (free) return port
-  }
-}
-
-async function startNode(dir: string, index: number): Promise<Node> {
-  const { file, env } = await findRedis(inject('redisCache'), () => {})
-  const port = await freePort()
-  let child: ChildProcess
-  const client = new Redis({ port, retryStrategy: () => 20, maxRetriesPerRequest: null })
-  client.on('error', () => {})
-  const run = async (): Promise<void> => {
-    child = spawn(
-      file,
-      [
-        ...['--port', `${port}`, '--bind', '127.0.0.1', '--save', ''],
-        ...['--cluster-enabled', 'yes', '--cluster-config-file', `nodes-${index}.conf`],
-        // Nobody takes over for a node that dies, so the others must serve their slots without it.
-        ...['--cluster-node-timeout', '1000', '--cluster-require-full-coverage', 'no'],
-      ],
-      { cwd: dir, env, stdio: 'ignore' },
-    )
-    await client.ping()
-  }
-  const kill = async (): Promise<void> => {
-    if (child.exitCode !== null || child.signalCode !== null) return
-    const exited = once(child, 'exit')
-    child.kill('SIGKILL')
-    await exited
-  }
-  await run()
-  return { port, client, name: String(await client.cluster('MYID')), kill, restart: run }
-}
-
 async function until(condition: () => Promise<boolean>): Promise<void> {
   while (!(await condition())) await sleep(20)
 }
 
 const cleanup = new AsyncDisposableStack()
-const nodes: Node[] = []
+let nodes: readonly ClusterNode[]
 let tier: RedisTier
 
 beforeAll(async () => {
-  const dir = await mkdtemp(join(tmpdir(), 'itemcache-cluster-'))
-  cleanup.defer(() => rm(dir, { recursive: true }))
-  for (let index = 0; index < 3; index += 1) {
-    const node = await startNode(dir, index)
-    nodes.push(node)
-    cleanup.defer(async () => {
-      node.client.disconnect()
-      await node.kill()
-    })
-    const first = Math.ceil((SLOTS * index) / 3)
-    const slots = Array.from(
-      { length: Math.ceil((SLOTS * (index + 1)) / 3) - first },
-      (_, offset) => first + offset,
-    )
-    await node.client.cluster('ADDSLOTS', slots)
-    await node.client.call('CLUSTER', 'SET-CONFIG-EPOCH', index + 1)
-    for (const other of nodes.slice(0, index)) await node.client.cluster('MEET', '127.0.0.1', other.port)
-  }
-  for (const { client } of nodes) {
-    await until(async () => {
-      const info = String(await client.cluster('INFO'))
-      return info.includes('cluster_state:ok') && info.includes(`cluster_slots_ok:${SLOTS}`)
-    })
-  }
-  const url = nodes.map(({ port }) => `redis://127.0.0.1:${port}`).join(',')
-  tier = cleanup.use(new RedisTier({ url, prefix: 'test', now, random: () => 0.5, commandTimeoutMs: 2_000 }))
+  const directory = cleanup.use(makeRunDirectory())
+  const cluster = cleanup.use(await startCluster({ directory, cacheDir: inject('redisCache') }))
+  nodes = cluster.nodes
+  const { url } = cluster
+  tier = cleanup.use(new RedisTier({ url, prefix: 'test', now, random: () => 0.5, commandTimeoutMs: 20_000 }))
   expect(await tier.settled()).toBe('ready')
-}, 30_000)
+})
 
 afterAll(() => cleanup.disposeAsync())
 
@@ -176,14 +93,14 @@ test('items whose slot moves to another node are found before, during and after 
     all.map((id) => copyOf(id)),
   )
 
-  await to.client.cluster('SETSLOT', slot, 'IMPORTING', from.name)
-  await from.client.cluster('SETSLOT', slot, 'MIGRATING', to.name)
+  await to.client.cluster('SETSLOT', slot, 'IMPORTING', from.id)
+  await from.client.cluster('SETSLOT', slot, 'MIGRATING', to.id)
   await from.client.migrate('127.0.0.1', to.port, redisKey('test', 't', moving), 0, 1_000)
   expect((await tier.read('t', all)).copies.size).toBe(60)
   await tier.store('t', [copyOf(moving, 2)])
   expect((await tier.read('t', [moving])).copies.get(moving)?.asOf).toBe(2)
 
-  for (const { client } of [to, from, ...nodes]) await client.cluster('SETSLOT', slot, 'NODE', to.name)
+  for (const { client } of [to, from, ...nodes]) await client.cluster('SETSLOT', slot, 'NODE', to.id)
   await tier.store(
     't',
     all.map((id) => copyOf(id, 3)),
@@ -222,7 +139,7 @@ test('a node that dies costs quick misses for its items only, until it is back',
     )
     return (await tier.read('t', ids)).copies.size === 60
   })
-}, 20_000)
+}, 180_000)
 
 test('a cluster that is gone altogether is a miss, and is found again', async () => {
   await Promise.all(nodes.map((node) => node.kill()))
@@ -235,4 +152,4 @@ test('a cluster that is gone altogether is a miss, and is found again', async ()
     await tier.store('t', [copyOf('1')])
     return (await tier.read('t', ['1'])).copies.size === 1
   })
-}, 20_000)
+}, 180_000)

@@ -33,9 +33,7 @@ interface Panel {
 }
 
 /** Every query of the dashboard with its variables filled in, under the title of its panel. */
-export function dashboardQueries(
-  range: string,
-): readonly { readonly title: string; readonly query: string }[] {
+export function dashboardQueries(range: string): readonly Query[] {
   const { panels } = JSON.parse(readFileSync(join(DEPLOY, 'grafana/itemcache.json'), 'utf8')) as {
     panels: readonly Panel[]
   }
@@ -55,10 +53,28 @@ function filledIn(query: string, range: string): string {
   return filled
 }
 
+interface Query {
+  readonly title: string
+  readonly query: string
+}
+
+/** Asks again and again what has not been answered yet, and says what is left: for machines where a scrape may come late. */
+export function untilAnswered(
+  prometheus: Prometheus,
+  queries: readonly Query[],
+): () => Promise<readonly string[]> {
+  let left = queries
+  return async () => {
+    const whys = await Promise.all(left.map((query) => unanswered(prometheus, [query])))
+    left = left.filter((_, i) => whys[i]?.length !== 0)
+    return whys.flat()
+  }
+}
+
 /** The queries that do not answer, or not with numbers, and why. */
 export async function unanswered(
   prometheus: Prometheus,
-  queries: readonly { readonly title: string; readonly query: string }[],
+  queries: readonly Query[],
 ): Promise<readonly string[]> {
   const found = await Promise.all(
     queries.map(async ({ title, query }) => {

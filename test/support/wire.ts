@@ -9,9 +9,14 @@ interface Way extends AsyncDisposable {
   readonly url: string
 }
 
-/** The statements that were executed, in the order in which they were sent. */
 export interface SqlWay extends Way {
-  readonly statements: readonly string[]
+  /** The statements that were executed, in the order in which they were sent, with their parameters. */
+  readonly statements: readonly Statement[]
+}
+
+export interface Statement {
+  readonly text: string
+  readonly values: readonly string[]
 }
 
 export interface RedisWay extends Way {
@@ -29,7 +34,7 @@ export interface Sent {
 
 export async function wayToPostgres(databaseUrl: string): Promise<SqlWay> {
   const { host, port, user, password, database } = new Client(databaseUrl)
-  const statements: string[] = []
+  const statements: Statement[] = []
   const way = await proxy(
     host.startsWith('/') ? { path: `${host}/.s.PGSQL.${port}` } : { host, port },
     () => {
@@ -45,8 +50,13 @@ export async function wayToPostgres(databaseUrl: string): Promise<SqlWay> {
         const type = isStarted ? String.fromCharCode(buffer[0] ?? 0) : ''
         const name = text(5)
         if (type === 'P') prepared.set(name, text(6 + Buffer.byteLength(name)))
-        if (type === 'B') statements.push(prepared.get(text(6 + Buffer.byteLength(name))) ?? '')
-        if (type === 'Q') statements.push(name)
+        if (type === 'B') {
+          const at = 6 + Buffer.byteLength(name)
+          const statement = text(at)
+          const values = parameters(buffer, at + Buffer.byteLength(statement) + 1)
+          statements.push({ text: prepared.get(statement) ?? '', values })
+        }
+        if (type === 'Q') statements.push({ text: name, values: [] })
         isStarted = true
         return end
       })
@@ -59,6 +69,18 @@ export async function wayToPostgres(databaseUrl: string): Promise<SqlWay> {
     url: `postgres://${credentials}@127.0.0.1:${way.port}/${database}`,
     statements,
   }
+}
+
+/** The parameters of a Bind message, from its parameters' formats on. */
+function parameters(buffer: Buffer, formatsAt: number): string[] {
+  let at = formatsAt + 2 + 2 * buffer.readUInt16BE(formatsAt)
+  const count = buffer.readUInt16BE(at)
+  at += 2
+  return Array.from({ length: count }, () => {
+    const size = Math.max(0, buffer.readInt32BE(at))
+    at += 4 + size
+    return buffer.toString('utf8', at - size, at)
+  })
 }
 
 export async function wayToRedis(redisUrl: string): Promise<RedisWay> {

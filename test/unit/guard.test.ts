@@ -2,8 +2,23 @@ import { once } from 'node:events'
 import { type AddressInfo, connect, createServer, type Socket } from 'node:net'
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
-import { type BreakerState, Guard, GuardedOrigin, GuardedRedis, GuardedStore } from '../../src/tiers/guard.ts'
-import type { CacheAnswer, CacheTier, LoadLocks, OriginTier, StoreTier } from '../../src/tiers/tier.ts'
+import {
+  type BreakerState,
+  Guard,
+  type GuardableRedis,
+  GuardedOrigin,
+  GuardedRedis,
+  GuardedStore,
+} from '../../src/tiers/guard.ts'
+import type {
+  CacheAnswer,
+  CacheTier,
+  Copy,
+  LoadLocks,
+  LockClaim,
+  OriginTier,
+  StoreTier,
+} from '../../src/tiers/tier.ts'
 
 const down = () => new ItemCacheError('unavailable', 'down', { reason: 'POSTGRES_TIMEOUT' })
 const left = () => new ItemCacheError('cancelled', 'the caller left')
@@ -259,6 +274,70 @@ describe('Redis behind a guard', () => {
     expect(await guarded.acquire('t', [{ id: 'a', token: 'x' }])).toEqual(new Map([['a', 'free']]))
     await guarded.store('t', [])
     expect(read).toHaveBeenCalledTimes(calls)
+  })
+})
+
+describe('a Redis of several servers behind guards', () => {
+  /** Ids `a…` are on the server a, and so on. */
+  const sharded = () => {
+    const servers = new Map<string, 'up' | 'down'>([
+      ['a', 'up'],
+      ['b', 'up'],
+    ])
+    const shardOf = (_tenant: string, id: string) => id.charAt(0)
+    const read = vi.fn(async (_tenant: string, ids: readonly string[]): Promise<CacheAnswer> => {
+      const isDown = ids.some((id) => servers.get(shardOf('', id)) !== 'up')
+      return isDown
+        ? { copies: new Map(), skipped: 'down' }
+        : { copies: new Map(ids.map((id) => [id, copy(id)])) }
+    })
+    const copy = (id: string) => ({ id }) as Copy
+    const acquire = async (_tenant: string, claims: readonly LockClaim[]) =>
+      new Map(claims.map(({ id }) => [id, 'ours' as const]))
+    const idOn = (shard: string) => (servers.has(shard) ? `${shard}-probe` : undefined)
+    const states: string[] = []
+    const guarded = new GuardedRedis({ read, acquire, shardOf, idOn } as unknown as GuardableRedis, {
+      maxCalls: 10,
+      slowMs: 100,
+      onStateChange: (state, shard) => states.push(`${shard} ${state}`),
+    })
+    return { guarded, read, servers, states }
+  }
+
+  test('asks the others when one is lost, and says which one it leaves alone', async () => {
+    const { guarded, read, servers, states } = sharded()
+    using _ = guarded
+    servers.set('b', 'down')
+    for (let i = 0; i < 50; i++) await guarded.read('t', ['b1'])
+    expect([guarded.state, states]).toEqual(['OPEN', ['b OPEN']])
+    read.mockClear()
+    const answer = await guarded.read('t', ['a1', 'b1', 'a2'])
+    expect([...answer.copies.keys()]).toEqual(['a1', 'a2'])
+    expect(answer.skipped).toBeUndefined()
+    expect(read.mock.calls).toEqual([['t', ['a1', 'a2']]])
+    expect(await guarded.read('t', ['b1'])).toEqual({ copies: new Map(), skipped: 'down' })
+    const claims = ['a1', 'b1'].map((id) => ({ id, token: 'x' }))
+    expect([...(await guarded.acquire('t', claims))]).toEqual([
+      ['a1', 'ours'],
+      ['b1', 'free'],
+    ])
+    servers.set('b', 'up')
+    await vi.advanceTimersByTimeAsync(1_000)
+    expect(guarded.state).toBe('CLOSED')
+    expect((await guarded.read('t', ['b1'])).copies.size).toBe(1)
+  })
+
+  test('forgets one that holds nothing any more, because another has taken over', async () => {
+    const { guarded, read, servers } = sharded()
+    using _ = guarded
+    servers.set('b', 'down')
+    for (let i = 0; i < 50; i++) await guarded.read('t', ['b1'])
+    servers.delete('b')
+    read.mockClear()
+    await vi.advanceTimersByTimeAsync(1_000)
+    expect(guarded.state).toBe('CLOSED')
+    await vi.advanceTimersByTimeAsync(5_000)
+    expect(read).not.toHaveBeenCalled()
   })
 })
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env node
 /** The program `itemcache`. */
 import { run } from './command-line.ts'
-import { serve } from './commands/serve.ts'
+import { doctor, serve } from './commands/serve.ts'
 import { EXIT } from './exit.ts'
 
 // Whoever reads our output may stop reading, as `head` does: then there is nothing left to say.
@@ -29,4 +29,5 @@ process.exitCode = await run(process.argv.slice(2), {
   env,
   interruption,
   ...(serve && { serve }),
+  ...(doctor && { doctor }),
 })

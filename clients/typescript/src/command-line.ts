@@ -349,6 +349,14 @@ class Program {
       )
       .argument('[args...]', 'of the service, after --: `itemcache serve -- --help`')
       .action((args: string[]) => this.#serve(args))
+    program
+      .command('doctor')
+      .description(
+        'Examine what the service is to use, and say what is wrong and how to mend it: it reads the same ' +
+          'variables of the environment. Only in the repository.',
+      )
+      .argument('[args...]', 'of the doctor, after --: `itemcache doctor -- --help`')
+      .action((args: string[]) => this.#doctor(args))
     // `completion SHELL`, and the hidden `complete` that the shells then call.
     tab(program, { completionCommandName: 'completion' })
     return program
@@ -514,6 +522,15 @@ class Program {
     if (this.#io.serve !== undefined) this.#io.serve(args)
     this.#io.stderr.write(
       'itemcache: this package is the client, without the service: get the repository of ItemCache and run npm start there\n',
+    )
+    throw new Ending(EXIT.error)
+  }
+
+  #doctor(args: readonly string[]): void {
+    const flags = this.flags.json && !args.includes('--json') ? ['--json', ...args] : args
+    if (this.#io.doctor !== undefined) this.#io.doctor(flags)
+    this.#io.stderr.write(
+      'itemcache: this package is the client, without the service: get the repository of ItemCache and run npm run doctor there\n',
     )
     throw new Ending(EXIT.error)
   }

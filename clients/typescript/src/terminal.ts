@@ -33,6 +33,8 @@ export interface Io {
   readonly interruption?: () => AbortSignal
   /** Replaces the process with the service. Default: there is none. */
   readonly serve?: (argv: readonly string[]) => never
+  /** Replaces the process with the doctor. Default: there is none. */
+  readonly doctor?: (argv: readonly string[]) => never
 }
 
 /** How an output can be written to: colours and a width on terminals only. */

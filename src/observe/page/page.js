@@ -16,6 +16,8 @@ import { showFeed, showMemory, showOutages, showParts, showRpcs, showTiles } fro
 
 /** Without an event for this long the service, or the way to it, is not well: one comes every second. */
 const SILENCE_MS = 3_000
+/** What an attempt to connect gets: on a busy machine the first event may take seconds. */
+const PATIENCE_MS = 10_000
 /** Before the next attempt where the browser makes none by itself. */
 const AGAIN_MS = 2_000
 const FEED_ROWS = 100
@@ -41,6 +43,7 @@ const calm = matchMedia('(prefers-reduced-motion: reduce)')
 let paused = false
 let drawnAtMs = Number.NEGATIVE_INFINITY
 let heardAtMs = performance.now()
+let triedAtMs = performance.now()
 /** @type {'waiting' | 'live' | 'lost'} */
 let connection = 'waiting'
 let whyLost = ''
@@ -92,6 +95,7 @@ function begin(history) {
 }
 
 function connect() {
+  triedAtMs = performance.now()
   source?.close()
   source = new EventSource('events')
   source.addEventListener('history', (event) => begin(JSON.parse(event.data)))
@@ -161,10 +165,11 @@ byId('pause').addEventListener('click', () => {
 })
 
 setInterval(() => {
-  if (performance.now() - heardAtMs < SILENCE_MS || connection === 'lost') return
+  const nowMs = performance.now()
+  if (nowMs - heardAtMs < SILENCE_MS) return
   setConnection('lost')
   // A connection that is open and silent does not end by itself.
-  connect()
+  if (nowMs - triedAtMs >= PATIENCE_MS) connect()
 }, 500)
 
 startLookUp()
