@@ -74,8 +74,8 @@ const script = (name: string): Operation => ({
 /** Everything that is done with a tier. `db.query.text` is left out: there is one statement for each of these. */
 export const OPERATIONS = {
   memory: { name: 'memory', attributes: {} },
-  'redis.read': { name: 'PIPELINE GET', attributes: { 'db.operation.name': 'PIPELINE GET' } },
-  'redis.store': script('store_copy'),
+  'redis.read': script('read_copies'),
+  'redis.store': script('store_copies'),
   'redis.lock': script('take_lock'),
   'postgres.read': select('items'),
   'postgres.log': select('invalidations'),

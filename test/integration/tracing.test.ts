@@ -100,7 +100,7 @@ describe('the trace of a read', () => {
       const { traceId, spanId, metadata } = callersTrace()
       await caller.call('getItem', { id: '1' }, { metadata })
 
-      const spans = await spansOf(traceId, called('GetItem'), 'load', 'EVALSHA store_copy')
+      const spans = await spansOf(traceId, called('GetItem'), 'load', 'EVALSHA store_copies')
       const rpc = only(spans, called('GetItem'))
       expect(rpc).toMatchObject({ parentSpanId: spanId, kind: SERVER, status: 0 })
       expect(rpc.attributes).toMatchObject({
@@ -119,18 +119,17 @@ describe('the trace of a read', () => {
       expect(eventsOf(only(spans, 'memory'))).toEqual(['miss'])
       const load = only(spans, 'load')
       expect(childrenOf(spans, load)).toEqual([
-        'PIPELINE GET',
+        'EVALSHA read_copies',
         'SELECT items',
         'EVALSHA take_lock',
-        'SELECT items',
         'GET /products/{id}',
         'INSERT items',
-        'EVALSHA store_copy',
+        'EVALSHA store_copies',
       ])
       expect(load.events).toEqual([{ name: 'refill', attributes: { 'itemcache.tier': 'memory' } }])
-      expect(spans).toHaveLength(10)
+      expect(spans).toHaveLength(9)
 
-      const redis = only(spans, 'PIPELINE GET')
+      const redis = only(spans, 'EVALSHA read_copies')
       expect(redis).toMatchObject({ kind: CLIENT, attributes: { 'db.system.name': 'redis' } })
       expect(eventsOf(redis)).toEqual(['miss'])
       for (const select of spans.filter(({ name }) => name === 'SELECT items')) {
@@ -276,7 +275,7 @@ describe('the trace of a read', () => {
     const rpc = only(spans, called('BatchGetItems'))
     expect(rpc.attributes).toMatchObject({ 'itemcache.memory.hits': 0, 'itemcache.memory.misses': 80 })
     const load = only(spans, 'load')
-    expect(only(spans, 'PIPELINE GET').attributes['db.operation.batch.size']).toBe(80)
+    expect(only(spans, 'EVALSHA read_copies').attributes['db.operation.batch.size']).toBe(80)
     // Each of the 80 is asked of the origin by itself.
     expect(childrenOf(spans, load).length).toBe(64)
   })
@@ -305,9 +304,9 @@ describe('what is not a read', () => {
     const caller = newCaller(service)
     const { traceId, metadata } = callersTrace()
     await caller.call('createItem', { item: { id: 'new', title: 'new' } }, { metadata })
-    const spans = await spansOf(traceId, called('CreateItem'), 'INSERT items', 'EVALSHA store_copy')
+    const spans = await spansOf(traceId, called('CreateItem'), 'INSERT items', 'EVALSHA store_copies')
     const rpc = only(spans, called('CreateItem'))
-    expect(childrenOf(spans, rpc)).toEqual(['SELECT invalidations', 'INSERT items', 'EVALSHA store_copy'])
+    expect(childrenOf(spans, rpc)).toEqual(['SELECT invalidations', 'INSERT items', 'EVALSHA store_copies'])
   })
 
   test('rows of the log that are applied are a trace of their own', async () => {
@@ -435,7 +434,7 @@ describe('the collector', () => {
       expect(other.spans).toEqual([])
       await traced[Symbol.asyncDispose]()
       expect(other.spans.map(({ name }) => name)).toEqual(
-        expect.arrayContaining([called('GetItem'), 'load', 'SELECT items', 'EVALSHA store_copy']),
+        expect.arrayContaining([called('GetItem'), 'load', 'SELECT items', 'EVALSHA store_copies']),
       )
     }))
 
