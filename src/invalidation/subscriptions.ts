@@ -187,7 +187,7 @@ interface Watched {
   watchers: number
   /** Asked by watchers that began while it was under way. */
   bounds: ReturnType<LogSource['bounds']> | undefined
-  readonly sleeping: Set<() => void>
+  readonly sleeping: Set<Sleeper>
 }
 
 export class Subscriptions implements Follower {
@@ -306,6 +306,7 @@ export class Subscriptions implements Follower {
       throw aheadOfLog('resume_after', cursor, revision)
     }
     const startedMs = this.#tail.now()
+    using sleeper = new Sleeper(watched.sleeping, [signal, draining])
     yield { kind: 'started', position: cursor, oldestResumable: oldest - 1, heartbeatMs }
     // Timers run in real time, so what paces them does too; the view's clock decides what a heartbeat may claim.
     let beatAtMs = performance.now()
@@ -328,7 +329,7 @@ export class Subscriptions implements Follower {
         continue
       }
       if (cursor >= end) {
-        const woken = await this.#news(watched, Math.max(dueInMs, MIN_PAUSE_MS), signal, draining)
+        const woken = await sleeper.sleep(Math.max(dueInMs, MIN_PAUSE_MS))
         if (woken && maxBatchDelayMs > 0) await pause(maxBatchDelayMs, signal, draining)
         continue
       }
@@ -375,17 +376,8 @@ export class Subscriptions implements Follower {
     return firstBatch(hole < 0 ? known : known.slice(0, hole), 0)
   }
 
-  /** Waits for rows; false when the time is over first. */
-  #news(watched: Watched, ms: number, ...signals: readonly AbortSignal[]): Promise<boolean> {
-    return sleepUntil(ms, signals, (wake) => {
-      watched.sleeping.add(wake)
-      return () => watched.sleeping.delete(wake)
-    })
-  }
-
   #wake({ sleeping }: Watched): void {
-    for (const wake of sleeping) wake()
-    sleeping.clear()
+    for (const sleeper of sleeping) sleeper.wake()
   }
 
   #enter(tenant: string, connection: string, view: View): Watched {
@@ -438,29 +430,73 @@ function select(rows: readonly LogEntry[], request: WatchRequest): readonly LogE
   })
 }
 
-function pause(ms: number, ...signals: readonly AbortSignal[]): Promise<boolean> {
-  return sleepUntil(ms, signals, () => () => {})
+/**
+ * What one watcher waits with. Its timer and its listeners outlive a wait, since watchers are woken for every row: the
+ * signals are those of many, and to leave one of them means to look through all who listen to it.
+ */
+class Sleeper implements Disposable {
+  readonly #sleeping: Set<Sleeper>
+  readonly #signals: readonly AbortSignal[]
+  #wake: ((woken: boolean) => void) | undefined
+  #timer: NodeJS.Timeout | undefined
+  /** When the timer goes off, by `performance.now()`. */
+  #dueMs = 0
+  readonly #aborted = () => this.wake()
+
+  /** `sleeping`: all who sleep, this one among them while it does. */
+  constructor(sleeping: Set<Sleeper>, signals: readonly AbortSignal[]) {
+    this.#sleeping = sleeping
+    this.#signals = signals
+    for (const signal of signals) signal.addEventListener('abort', this.#aborted, { once: true })
+  }
+
+  /** Resolves with true when woken, or aborted; with false after `ms` milliseconds, or sooner. */
+  sleep(ms: number): Promise<boolean> {
+    if (this.#signals.some(({ aborted }) => aborted)) return Promise.resolve(true)
+    const dueMs = performance.now() + ms
+    if (this.#timer === undefined || this.#dueMs > dueMs) {
+      clearTimeout(this.#timer)
+      this.#dueMs = dueMs
+      this.#timer = setTimeout(() => {
+        this.#timer = undefined
+        this.#end(false)
+      }, ms)
+    }
+    this.#sleeping.add(this)
+    return new Promise((resolve) => {
+      this.#wake = resolve
+    })
+  }
+
+  wake(): void {
+    this.#end(true)
+  }
+
+  #end(woken: boolean): void {
+    this.#sleeping.delete(this)
+    this.#wake?.(woken)
+    this.#wake = undefined
+  }
+
+  [Symbol.dispose](): void {
+    clearTimeout(this.#timer)
+    this.#end(true)
+    for (const signal of this.#signals) signal.removeEventListener('abort', this.#aborted)
+  }
 }
 
-/** Resolves with true when woken or aborted, with false after `ms` milliseconds. */
-function sleepUntil(
-  ms: number,
-  signals: readonly AbortSignal[],
-  onWake: (wake: () => void) => () => void,
-): Promise<boolean> {
+/** Resolves after `ms` milliseconds, or when one of the signals aborts. */
+function pause(ms: number, ...signals: readonly AbortSignal[]): Promise<void> {
   return new Promise((resolve) => {
-    const end = (woken: boolean) => {
+    const end = () => {
       clearTimeout(timer)
-      forget()
-      for (const signal of signals) signal.removeEventListener('abort', wake)
-      resolve(woken)
+      for (const signal of signals) signal.removeEventListener('abort', end)
+      resolve()
     }
-    const wake = () => end(true)
-    const timer = setTimeout(() => end(false), ms)
-    const forget = onWake(wake)
+    const timer = setTimeout(end, ms)
     for (const signal of signals) {
-      if (signal.aborted) return wake()
-      signal.addEventListener('abort', wake, { once: true })
+      if (signal.aborted) return end()
+      signal.addEventListener('abort', end, { once: true })
     }
   })
 }

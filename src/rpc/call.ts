@@ -252,14 +252,14 @@ export function serverStream<Request>(
         const request = wellFormed(call.request)
         forgetCredential = whenCredentialEnds(identity, (why) => gone.abort(why))
         const signals = { gone: gone.signal, draining: frame.draining }
-        const signal = AbortSignal.any([gone.signal, frame.hurrying])
+        const left = new Leaving(call, AbortSignal.any([gone.signal, frame.hurrying]))
         for await (const reply of handler(request, context, signals)) {
           const weight = weightOf(reply)
           if (!frame.unsent.hasRoomFor(weight, identity.tenant)) throw tooMuchUnsent()
           frame.unsent.add(weight, identity.tenant)
           try {
             account.sentBytes += reply.byteLength
-            await flushed(call, reply, signal)
+            await left.write(reply)
           } finally {
             frame.unsent.release(weight, identity.tenant)
           }
@@ -277,21 +277,27 @@ export function serverStream<Request>(
   }
 }
 
-/** Writes a message and waits until it has left for the network, so that a slow reader holds one message at most. */
-function flushed(
-  call: ServerWritableStream<unknown, Reply>,
-  reply: Reply,
-  signal: AbortSignal,
-): Promise<void> {
-  return new Promise((resolve, reject) => {
-    const abort = () => reject(signal.reason)
-    signal.addEventListener('abort', abort, { once: true })
-    if (signal.aborted) abort()
-    call.write(reply, () => {
-      signal.removeEventListener('abort', abort)
-      resolve()
+/** Writes messages, each of which is waited for until it has left for the network, so that a slow reader holds one at most. */
+class Leaving {
+  readonly #call: ServerWritableStream<unknown, Reply>
+  readonly #signal: AbortSignal
+  #giveUp: ((why: unknown) => void) | undefined
+
+  /** `signal`: when it aborts, the message that has not left is given up, and so is every one after it. */
+  constructor(call: ServerWritableStream<unknown, Reply>, signal: AbortSignal) {
+    this.#call = call
+    this.#signal = signal
+    // Once for all messages: listening costs more than writing.
+    signal.addEventListener('abort', () => this.#giveUp?.(signal.reason), { once: true })
+  }
+
+  write(reply: Reply): Promise<void> {
+    this.#signal.throwIfAborted()
+    return new Promise((resolve, reject) => {
+      this.#giveUp = reject
+      this.#call.write(reply, () => resolve())
     })
-  })
+  }
 }
 
 /**
