@@ -277,26 +277,13 @@ export class Subscriptions implements Follower {
     signal: AbortSignal,
     draining: AbortSignal,
   ): AsyncGenerator<WatchMessage> {
-    const { tenant, connection } = request
+    const { tenant, connection, heartbeatMs, maxBatchDelayMs } = request
     let view = await this.#tail.activated(tenant, signal)
     // It may have been dropped since; from here on it is needed.
     while (view !== this.#tail.view(tenant)) view = await this.#tail.activated(tenant, signal)
     const watched = this.#enter(tenant, connection, view)
-    try {
-      yield* this.#follow(request, view, watched, signal, draining)
-    } finally {
-      this.#leave(tenant, connection, watched)
-    }
-  }
-
-  async *#follow(
-    request: WatchRequest,
-    view: View,
-    watched: Watched,
-    signal: AbortSignal,
-    draining: AbortSignal,
-  ): AsyncGenerator<WatchMessage> {
-    const { tenant, heartbeatMs, maxBatchDelayMs } = request
+    using entered = new DisposableStack()
+    entered.defer(() => this.#leave(tenant, connection, watched))
     const position = view.position
     let cursor = request.resumeAfter ?? position
     // Only a watcher that may be ahead of the log needs an answer of its own: of the others many may begin at once.
@@ -306,7 +293,7 @@ export class Subscriptions implements Follower {
       throw aheadOfLog('resume_after', cursor, revision)
     }
     const startedMs = this.#tail.now()
-    using sleeper = new Sleeper(watched.sleeping, [signal, draining])
+    const sleeper = entered.use(new Sleeper(watched.sleeping, [signal, draining]))
     yield { kind: 'started', position: cursor, oldestResumable: oldest - 1, heartbeatMs }
     // Timers run in real time, so what paces them does too; the view's clock decides what a heartbeat may claim.
     let beatAtMs = performance.now()

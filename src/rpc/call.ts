@@ -280,19 +280,24 @@ export function serverStream<Request>(
 /** Writes messages, each of which is waited for until it has left for the network, so that a slow reader holds one at most. */
 class Leaving {
   readonly #call: ServerWritableStream<unknown, Reply>
-  readonly #signal: AbortSignal
+  /** Why all is given up. */
+  #why: unknown
   #giveUp: ((why: unknown) => void) | undefined
 
   /** `signal`: when it aborts, the message that has not left is given up, and so is every one after it. */
   constructor(call: ServerWritableStream<unknown, Reply>, signal: AbortSignal) {
     this.#call = call
-    this.#signal = signal
-    // Once for all messages: listening costs more than writing.
-    signal.addEventListener('abort', () => this.#giveUp?.(signal.reason), { once: true })
+    // Once for all messages: to listen, and to ask a signal that is made of several, costs more than to write.
+    const giveUp = () => {
+      this.#why = signal.reason
+      this.#giveUp?.(signal.reason)
+    }
+    signal.addEventListener('abort', giveUp, { once: true })
+    if (signal.aborted) giveUp()
   }
 
   write(reply: Reply): Promise<void> {
-    this.#signal.throwIfAborted()
+    if (this.#why !== undefined) throw this.#why
     return new Promise((resolve, reject) => {
       this.#giveUp = reject
       this.#call.write(reply, () => resolve())
