@@ -124,8 +124,8 @@ async function answer(request: IncomingMessage, options: AdminOptions): Promise<
 const MAX_LEVEL_BYTES = 16
 
 /**
- * GET tells the level, PUT changes it to its body. Not POST: a page that a browser shows may send a POST anywhere, but no
- * PUT to an address that has not allowed it.
+ * GET tells the level, PUT changes it to its body. Not for pages that a browser shows: it names their origin with every PUT,
+ * also when the page's own name has been made to lead here.
  */
 async function logLevel(
   request: IncomingMessage,
@@ -136,6 +136,9 @@ async function logLevel(
   }
   if (request.method !== 'PUT') {
     return { status: 405, contentType: TEXT, body: 'only GET, HEAD and PUT\n', allow: 'GET, HEAD, PUT' }
+  }
+  if (request.headers.origin !== undefined) {
+    return { status: 403, contentType: TEXT, body: 'not from a page in a browser\n' }
   }
   let text = ''
   for await (const chunk of request) {

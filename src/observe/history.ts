@@ -110,7 +110,7 @@ export class History {
     return this.#taken === 0 ? undefined : this.#sample(this.#taken - 1)
   }
 
-  /** The oldest first; those that last are among the last. */
+  /** The oldest first. */
   get outages(): readonly Outage[] {
     return this.#outages
   }
@@ -127,11 +127,17 @@ export class History {
         if (lasts) this.#outages[at] = { ...last, untilMs: timeMs }
       } else if (!lasts) {
         this.#outages.push({ part: name, what, sinceMs: timeMs })
-        if (this.#outages.length > MAX_OUTAGES) this.#outages.shift()
+        if (this.#outages.length > MAX_OUTAGES) this.#forgetOne()
       } else if (last.what !== what && what === 'down') {
         this.#outages[at] = { ...last, what }
       }
     }
+  }
+
+  /** The oldest that is over, so that one that lasts keeps its beginning. */
+  #forgetOne(): void {
+    const over = this.#outages.findIndex(({ untilMs }) => untilMs !== undefined)
+    this.#outages.splice(Math.max(0, over), 1)
   }
 
   /** The methods that were called most in the last 30 to 60 s. */

@@ -60,6 +60,8 @@ describe('the log level', () => {
     }
     const posted = await fetch(url(), { method: 'POST', body: 'debug' })
     expect([posted.status, posted.headers.get('allow')]).toEqual([405, 'GET, HEAD, PUT'])
+    const fromPage = { method: 'PUT', body: 'silent', headers: { origin: 'http://localhost' } }
+    expect((await fetch(url(), fromPage)).status).toBe(403)
     expect(await levelNow()).toBe('warn\n')
   })
 

@@ -127,6 +127,20 @@ describe('the history of the last minutes', () => {
     expect(history.outages.at(-1)).toMatchObject({ sinceMs: 1_099_000, untilMs: 1_100_000 })
   })
 
+  test('knows the beginning of an outage that lasts, however many of others come and go', () => {
+    let flaps = false
+    const { history, second } = setUp(() => [
+      { name: 'postgres', state: 'down' },
+      { name: 'redis', state: flaps ? 'down' : 'ready' },
+    ])
+    for (let i = 0; i < 100; i++) {
+      flaps = !flaps
+      second()
+    }
+    expect(history.outages).toHaveLength(20)
+    expect(history.outages[0]).toEqual({ part: 'postgres', what: 'down', sinceMs: 1_001_000 })
+  })
+
   test('tells the busiest methods of the last 30 to 60 s: calls, failures and latencies', () => {
     const { metrics, history, second } = setUp()
     const rpc = metrics.rpc(METHOD)

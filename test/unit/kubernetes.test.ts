@@ -185,4 +185,9 @@ describe('the manifests of deploy/kubernetes', () => {
     const neededMs = preStopSeconds * 1_000 + config.timeouts.drainMs + 1_500
     expect(Number(at(deployment, `${POD}.terminationGracePeriodSeconds`)) * 1_000).toBeGreaterThan(neededMs)
   })
+
+  test('have their selectors from nobody else: a network policy names others, too', () => {
+    const kustomization = read('kustomization.yaml')
+    expect([at(kustomization, 'labels'), at(kustomization, 'commonLabels')]).toEqual([undefined, undefined])
+  })
 })
