@@ -37,8 +37,9 @@ const LAZYFREE = [
 /** What the service never does and an intruder would like to. */
 const DANGEROUS = [
   ['KEYS', 'itemcache-doctor'],
-  // Were it ever executed, it would be a syntax error.
+  // Were they ever executed, they would be syntax errors.
   ['FLUSHALL', 'itemcache-doctor'],
+  ['FLUSHDB', 'itemcache-doctor'],
   ['CONFIG', 'GET', 'maxmemory'],
 ] as const
 const ACL =
@@ -146,7 +147,7 @@ async function checkRights(report: Report, node: Redis): Promise<void> {
     }
     await client.call('DISCARD')
     if (allowed.length > 0) report.warning('redis.acl', `the user may also give ${allowed.join(', ')}`, ACL)
-    else report.ok('redis.acl', 'the user may not give KEYS, FLUSHALL or CONFIG')
+    else report.ok('redis.acl', 'the user may not give KEYS, FLUSHALL, FLUSHDB or CONFIG')
   } catch (error) {
     report.unknown('redis.acl', `what the user may do cannot be asked: ${reasonOf(error)}`)
   } finally {
@@ -347,10 +348,10 @@ function checkClients(report: Report, info: ReadonlyMap<string, string>, instanc
   const now = Number(info.get('connected_clients') ?? 0)
   // One for commands; in a cluster, one more for news of its topology.
   const wanted = 2 * instances
-  const text = `${now} of at most ${most} clients are connected, and ${instances} instances need ${wanted}`
+  const text = `${now} of at most ${most} clients are connected, and ${instances} instances need another ${wanted}`
   if (most === 0) {
     report.unknown('redis.clients', `${now} clients are connected; the server does not say how many may be`)
-  } else if (Math.max(now, wanted) > most * CLIENTS_SHARE) {
+  } else if (now + wanted > most * CLIENTS_SHARE) {
     report.fault(
       'redis.clients',
       text,
