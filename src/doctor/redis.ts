@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto'
 import { availableParallelism } from 'node:os'
 import type { TLSSocket } from 'node:tls'
-import { Cluster, type Redis } from 'ioredis'
+import { Cluster, Redis } from 'ioredis'
 import { type Config, isLoopback } from '../config.ts'
 import { dialRedis, slotOf } from '../tiers/redis.ts'
 import { redisKey } from '../tiers/redis-format.ts'
@@ -68,8 +68,7 @@ export async function examineRedis(report: Report, config: Config, instances: nu
     await checkRights(report, server)
     if (client instanceof Cluster) await examineCluster(report, client, server, config, instances)
     else await examineServer(report, client, config, instances)
-    if (target.sentinel !== undefined)
-      report.ok('redis.sentinels', `found the primary ${target.sentinel.name}`)
+    if (target.sentinel !== undefined) await checkSentinels(report, target, target.sentinel)
   } catch (error) {
     report.fault('redis.connection', `${where} cannot be used: ${reasonOf(error)}`, mendConnection(error))
   }
@@ -153,6 +152,52 @@ async function checkRights(report: Report, node: Redis): Promise<void> {
   } finally {
     client.disconnect()
   }
+}
+
+/** Whether the sentinels are enough to let a replica take over, as the first of them that answers sees it. */
+async function checkSentinels(
+  report: Report,
+  { nodes, tls }: RedisTarget,
+  { name, username, password }: NonNullable<RedisTarget['sentinel']>,
+): Promise<void> {
+  const text = `found the primary ${name}`
+  let failure: unknown
+  for (const { host, port } of nodes) {
+    const sentinel = new Redis({
+      host,
+      port,
+      ...(username === '' ? {} : { username }),
+      ...(password === '' ? {} : { password }),
+      ...(tls === undefined ? {} : { tls }),
+      connectTimeout: PATIENCE_MS,
+      commandTimeout: PATIENCE_MS,
+      retryStrategy: () => null,
+      enableReadyCheck: false,
+      lazyConnect: true,
+    })
+    sentinel.on('error', (error: unknown) => {
+      failure = error
+    })
+    try {
+      await sentinel.connect()
+      await sentinel.call('SENTINEL', 'CKQUORUM', name)
+      return report.ok('redis.sentinels', `${text}, and can replace it`)
+    } catch (error) {
+      const reason = reasonOf(error)
+      if (reason.startsWith('NOQUORUM')) {
+        const mend = `Start the sentinels that are down: redis-cli -p 26379 SENTINEL SENTINELS ${name} lists them.`
+        return report.warning('redis.sentinels', `${text}, but could not replace it: ${reason}`, mend)
+      }
+      // That of a connection is told by an event: here it is only said to be closed.
+      if (sentinel.status === 'ready') failure = error
+    } finally {
+      sentinel.disconnect()
+    }
+  }
+  report.unknown(
+    'redis.sentinels',
+    `${text}, but no sentinel says whether it can be replaced: ${reasonOf(failure)}`,
+  )
 }
 
 const addressOf = ({ options: { host, port } }: Redis) => `${host}:${port}`

@@ -15,6 +15,7 @@ import { newAuthority } from '../support/credentials.ts'
 import { startCluster } from '../support/redis-cluster.ts'
 import { type DeployedOptions, type DeployedRedis, startDeployedRedis } from '../support/redis-deployed.ts'
 import { freePort, type RedisProcess, startRedisProcess } from '../support/redis-process.ts'
+import { startSentinels } from '../support/redis-sentinels.ts'
 import { makeRunDirectory, type RunDirectory } from '../support/run-directory.ts'
 import { freshDatabase, freshPostgres } from '../support/servers.ts'
 import { connectSql } from './postgres-fixture.ts'
@@ -231,6 +232,22 @@ describe('a Redis', () => {
     checkRedisMemory(report, new Map(Object.entries(info).map(([name, value]) => [name, `${value}`])))
     const [found] = report.findings.filter(({ check }) => check === 'redis.fragmentation')
     expect(found).toMatchObject({ verdict, text: expect.stringContaining(text) })
+  })
+
+  test('whose sentinels are too few to replace it is a warning', async () => {
+    await using watched = await startSentinels({ directory, name: 'watched', cacheDir: inject('redisCache') })
+    const whole = await examined({ REDIS_URL: watched.url })
+    expect(whole.of('redis.sentinels')).toMatchObject([{ verdict: 'ok' }])
+    // The first that is named among them: another is asked.
+    const [first, second, last] = watched.sentinels
+    await Promise.all([first?.kill(), second?.kill()])
+    await expect
+      .poll(() => last?.client.call('SENTINEL', 'CKQUORUM', 'shop').catch(String), { timeout: 20_000 })
+      .toContain('NOQUORUM')
+    const broken = await examined({ REDIS_URL: watched.url })
+    expect(broken.of('redis.sentinels')).toMatchObject([
+      { verdict: 'warning', text: expect.stringContaining('NOQUORUM') },
+    ])
   })
 
   test('of three primaries without replicas, one of which is dead, is told both', async () => {
