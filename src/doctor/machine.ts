@@ -3,7 +3,8 @@ import { X509Certificate } from 'node:crypto'
 import { existsSync, readFileSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { totalmem } from 'node:os'
-import { type Config, formatAddress, type HostPort, isLoopback } from '../config.ts'
+import { createRemoteJWKSet } from 'jose'
+import { type Config, formatAddress, type HostPort, isLoopback, withoutPasswords } from '../config.ts'
 import { createLogger } from '../observe/log.ts'
 import { startAuth } from '../rpc/auth.ts'
 import { TlsCredentials } from '../rpc/tls.ts'
@@ -23,7 +24,7 @@ export async function examineMachine(report: Report, config: Config): Promise<vo
   checkFiles(report, config, openFileLimit())
   checkMemory(report, config, memoryLimit())
   checkCertificate(report, config)
-  checkCredentials(report, config)
+  await checkCredentials(report, config)
   await checkAddress(report, 'machine.grpc-address', config.listen, config)
   if (config.admin !== undefined) await checkAddress(report, 'machine.admin-address', config.admin, config)
 }
@@ -108,7 +109,7 @@ function checkCertificate(report: Report, { tls, listen }: Config): void {
   }
 }
 
-function checkCredentials(report: Report, { auth, listen }: Config): void {
+async function checkCredentials(report: Report, { auth, listen }: Config): Promise<void> {
   if (auth.kind === 'none') {
     if (!isLoopback(listen.host)) {
       report.warning(
@@ -121,10 +122,32 @@ function checkCredentials(report: Report, { auth, listen }: Config): void {
   }
   try {
     startAuth(auth, { log: createLogger({ level: 'silent', version: '' }) })
+  } catch (error) {
+    return report.fault('machine.auth', reasonOf(error), 'Compare the file with docs/security.md.')
+  }
+  try {
+    if (auth.kind === 'jwt' && auth.jwks.kind === 'url') await fetchKeys(auth.jwks.url)
     report.ok('machine.auth', `callers are known by ${auth.kind === 'jwt' ? 'JSON Web Tokens' : 'tokens'}`)
   } catch (error) {
-    report.fault('machine.auth', reasonOf(error), 'Compare the file with docs/security.md.')
+    report.fault(
+      'machine.auth',
+      `the keys of the issuer cannot be had: ${withoutPasswords(reasonAndCause(error))}`,
+      'Does jwks in ITEMCACHE_AUTH lead to the key set of the issuer, reached from here? Nobody is let in without it.',
+    )
   }
+}
+
+/** As the service does when the first token comes. Rejects when there is no key. */
+async function fetchKeys(url: string): Promise<void> {
+  const keySet = createRemoteJWKSet(new URL(url), { timeoutDuration: PATIENCE_MS })
+  await keySet.reload()
+  if (keySet.jwks()?.keys.length === 0) throw new Error('there are none in the key set')
+}
+
+/** Of what `fetch` rejects with, the cause tells more than the message. */
+function reasonAndCause(error: unknown): string {
+  const cause = error instanceof Error && error.cause !== undefined ? `: ${reasonOf(error.cause)}` : ''
+  return `${reasonOf(error)}${cause}`
 }
 
 async function checkAddress(
@@ -188,10 +211,9 @@ export async function examineOrigin(report: Report, { origin, timeouts }: Config
     const text = `it answers after ${seconds(performance.now() - startMs)}`
     report.ok('origin.connection', draft === undefined ? `${text}; it has no item 1` : text)
   } catch (error) {
-    const cause = error instanceof Error && error.cause !== undefined ? `: ${reasonOf(error.cause)}` : ''
     report.fault(
       'origin.connection',
-      `${reasonOf(error)}${cause}`,
+      reasonAndCause(error),
       'Does ORIGIN_URL name a catalogue like https://fakestoreapi.com, reached from here? Stored items are served without it.',
     )
   }

@@ -290,15 +290,20 @@ async function checkConnections(
   { pools }: Config,
   instances: number,
 ): Promise<void> {
+  // Of sessions of other roles, a role without pg_read_all_stats sees no backend_type. PostgreSQL 15 reserves for nobody
+  // but superusers.
   const { most, others } = await one<{ most: number; others: number }>(
     client,
     `SELECT least(
-        current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer,
+        current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer
+          - coalesce(current_setting('reserved_connections', true)::integer, 0),
         (SELECT nullif(rolconnlimit, -1) FROM pg_roles WHERE rolname = current_user),
         (SELECT nullif(datconnlimit, -1) FROM pg_database WHERE datname = current_database())
       ) AS most,
       (SELECT count(*)::integer FROM pg_stat_activity
-        WHERE backend_type = 'client backend' AND application_name NOT LIKE 'itemcache%') AS others`,
+        WHERE usesysid IS NOT NULL AND datid IS NOT NULL
+          AND coalesce(backend_type, 'client backend') = 'client backend'
+          AND application_name NOT LIKE 'itemcache%') AS others`,
   )
   const each = pools.postgres + FOLLOWING
   const wanted = each * instances + others

@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto'
 import { availableParallelism } from 'node:os'
 import type { TLSSocket } from 'node:tls'
-import { Cluster, type Redis } from 'ioredis'
+import { Cluster, Redis } from 'ioredis'
 import { type Config, isLoopback } from '../config.ts'
 import { dialRedis, slotOf } from '../tiers/redis.ts'
 import { redisKey } from '../tiers/redis-format.ts'
@@ -37,8 +37,9 @@ const LAZYFREE = [
 /** What the service never does and an intruder would like to. */
 const DANGEROUS = [
   ['KEYS', 'itemcache-doctor'],
-  // Were it ever executed, it would be a syntax error.
+  // Were they ever executed, they would be syntax errors.
   ['FLUSHALL', 'itemcache-doctor'],
+  ['FLUSHDB', 'itemcache-doctor'],
   ['CONFIG', 'GET', 'maxmemory'],
 ] as const
 const ACL =
@@ -67,8 +68,7 @@ export async function examineRedis(report: Report, config: Config, instances: nu
     await checkRights(report, server)
     if (client instanceof Cluster) await examineCluster(report, client, server, config, instances)
     else await examineServer(report, client, config, instances)
-    if (target.sentinel !== undefined)
-      report.ok('redis.sentinels', `found the primary ${target.sentinel.name}`)
+    if (target.sentinel !== undefined) await checkSentinels(report, target, target.sentinel)
   } catch (error) {
     report.fault('redis.connection', `${where} cannot be used: ${reasonOf(error)}`, mendConnection(error))
   }
@@ -146,12 +146,58 @@ async function checkRights(report: Report, node: Redis): Promise<void> {
     }
     await client.call('DISCARD')
     if (allowed.length > 0) report.warning('redis.acl', `the user may also give ${allowed.join(', ')}`, ACL)
-    else report.ok('redis.acl', 'the user may not give KEYS, FLUSHALL or CONFIG')
+    else report.ok('redis.acl', 'the user may not give KEYS, FLUSHALL, FLUSHDB or CONFIG')
   } catch (error) {
     report.unknown('redis.acl', `what the user may do cannot be asked: ${reasonOf(error)}`)
   } finally {
     client.disconnect()
   }
+}
+
+/** Whether the sentinels are enough to let a replica take over, as the first of them that answers sees it. */
+async function checkSentinels(
+  report: Report,
+  { nodes, tls }: RedisTarget,
+  { name, username, password }: NonNullable<RedisTarget['sentinel']>,
+): Promise<void> {
+  const text = `found the primary ${name}`
+  let failure: unknown
+  for (const { host, port } of nodes) {
+    const sentinel = new Redis({
+      host,
+      port,
+      ...(username === '' ? {} : { username }),
+      ...(password === '' ? {} : { password }),
+      ...(tls === undefined ? {} : { tls }),
+      connectTimeout: PATIENCE_MS,
+      commandTimeout: PATIENCE_MS,
+      retryStrategy: () => null,
+      enableReadyCheck: false,
+      lazyConnect: true,
+    })
+    sentinel.on('error', (error: unknown) => {
+      failure = error
+    })
+    try {
+      await sentinel.connect()
+      await sentinel.call('SENTINEL', 'CKQUORUM', name)
+      return report.ok('redis.sentinels', `${text}, and can replace it`)
+    } catch (error) {
+      const reason = reasonOf(error)
+      if (reason.startsWith('NOQUORUM')) {
+        const mend = `Start the sentinels that are down: redis-cli -p 26379 SENTINEL SENTINELS ${name} lists them.`
+        return report.warning('redis.sentinels', `${text}, but could not replace it: ${reason}`, mend)
+      }
+      // That of a connection is told by an event: here it is only said to be closed.
+      if (sentinel.status === 'ready') failure = error
+    } finally {
+      sentinel.disconnect()
+    }
+  }
+  report.unknown(
+    'redis.sentinels',
+    `${text}, but no sentinel says whether it can be replaced: ${reasonOf(failure)}`,
+  )
 }
 
 const addressOf = ({ options: { host, port } }: Redis) => `${host}:${port}`
@@ -347,10 +393,10 @@ function checkClients(report: Report, info: ReadonlyMap<string, string>, instanc
   const now = Number(info.get('connected_clients') ?? 0)
   // One for commands; in a cluster, one more for news of its topology.
   const wanted = 2 * instances
-  const text = `${now} of at most ${most} clients are connected, and ${instances} instances need ${wanted}`
+  const text = `${now} of at most ${most} clients are connected, and ${instances} instances need another ${wanted}`
   if (most === 0) {
     report.unknown('redis.clients', `${now} clients are connected; the server does not say how many may be`)
-  } else if (Math.max(now, wanted) > most * CLIENTS_SHARE) {
+  } else if (now + wanted > most * CLIENTS_SHARE) {
     report.fault(
       'redis.clients',
       text,

@@ -1,4 +1,7 @@
 import { execFile } from 'node:child_process'
+import { generateKeyPairSync } from 'node:crypto'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, inject, test } from 'vitest'
 import { parseConfig } from '../../src/config.ts'
@@ -12,8 +15,9 @@ import { newAuthority } from '../support/credentials.ts'
 import { startCluster } from '../support/redis-cluster.ts'
 import { type DeployedOptions, type DeployedRedis, startDeployedRedis } from '../support/redis-deployed.ts'
 import { freePort, type RedisProcess, startRedisProcess } from '../support/redis-process.ts'
+import { startSentinels } from '../support/redis-sentinels.ts'
 import { makeRunDirectory, type RunDirectory } from '../support/run-directory.ts'
-import { freshDatabase } from '../support/servers.ts'
+import { freshDatabase, freshPostgres } from '../support/servers.ts'
 import { connectSql } from './postgres-fixture.ts'
 
 const held = new AsyncDisposableStack()
@@ -128,7 +132,7 @@ describe('a set-up as it should be', () => {
     const found = await examined({ REDIS_URL: deployed.adminUrl })
     expect(apartFromTime([...found.with('fault'), ...found.with('unknown')])).toEqual([])
     expect(apartFromTime(found.with('warning'))).toEqual(['redis.acl'])
-    expect(found.of('redis.acl')[0]?.text).toBe('the user may also give KEYS, FLUSHALL, CONFIG')
+    expect(found.of('redis.acl')[0]?.text).toBe('the user may also give KEYS, FLUSHALL, FLUSHDB, CONFIG')
     expect(found.of('redis.lazyfree')).toMatchObject([{ verdict: 'ok' }])
     expect(found.of('redis.timeout')).toMatchObject([
       { verdict: 'ok', text: expect.stringContaining('300 s') },
@@ -165,6 +169,17 @@ describe('a Redis', () => {
     await using redis = await redisWith('greedy', '--maxmemory', '9000gb')
     expect((await examined({ REDIS_URL: urlOf(redis) })).of('redis.maxmemory')).toMatchObject([
       { verdict: 'fault', text: expect.stringContaining('no room') },
+    ])
+  })
+
+  test('with room for so many instances, but not besides those who are connected, is a fault', async () => {
+    await using redis = await redisWith('few', '--maxclients', '20')
+    // Of 20, 16 may be taken: as many as eight instances need.
+    expect((await examined({ REDIS_URL: urlOf(redis) }, 8)).of('redis.clients')).toMatchObject([
+      { verdict: 'fault', text: expect.stringContaining('8 instances need another 16') },
+    ])
+    expect((await examined({ REDIS_URL: urlOf(redis) }, 1)).of('redis.clients')).toMatchObject([
+      { verdict: 'ok' },
     ])
   })
 
@@ -217,6 +232,22 @@ describe('a Redis', () => {
     checkRedisMemory(report, new Map(Object.entries(info).map(([name, value]) => [name, `${value}`])))
     const [found] = report.findings.filter(({ check }) => check === 'redis.fragmentation')
     expect(found).toMatchObject({ verdict, text: expect.stringContaining(text) })
+  })
+
+  test('whose sentinels are too few to replace it is a warning', async () => {
+    await using watched = await startSentinels({ directory, name: 'watched', cacheDir: inject('redisCache') })
+    const whole = await examined({ REDIS_URL: watched.url })
+    expect(whole.of('redis.sentinels')).toMatchObject([{ verdict: 'ok' }])
+    // The first that is named among them: another is asked.
+    const [first, second, last] = watched.sentinels
+    await Promise.all([first?.kill(), second?.kill()])
+    await expect
+      .poll(() => last?.client.call('SENTINEL', 'CKQUORUM', 'shop').catch(String), { timeout: 20_000 })
+      .toContain('NOQUORUM')
+    const broken = await examined({ REDIS_URL: watched.url })
+    expect(broken.of('redis.sentinels')).toMatchObject([
+      { verdict: 'warning', text: expect.stringContaining('NOQUORUM') },
+    ])
   })
 
   test('of three primaries without replicas, one of which is dead, is told both', async () => {
@@ -297,6 +328,26 @@ describe('a PostgreSQL', () => {
     ])
   })
 
+  test('counts the connections of other roles, which a role sees less of, and those kept for others', async () => {
+    await using server = await freshPostgres()
+    {
+      await using sql = await connectSql(server.url)
+      await sql(`CREATE ROLE service LOGIN PASSWORD 'service'`)
+      await sql(`CREATE ROLE shop LOGIN PASSWORD 'shop'`)
+      await sql('GRANT CREATE ON SCHEMA public TO service')
+      await sql('ALTER SYSTEM SET max_connections = 50')
+      await sql('ALTER SYSTEM SET reserved_connections = 7')
+    }
+    await server.restart()
+    const as = (role: string) => Object.assign(new URL(server.url), { username: role, password: role }).href
+    await using shop = await connectSql(as('shop'))
+    await shop('SELECT')
+    // 50 without the three that are for superusers and the seven that are reserved.
+    expect((await examined({ DATABASE_URL: as('service') })).of('postgres.connections')).toMatchObject([
+      { text: expect.stringMatching(/others have 1, of 40$/) },
+    ])
+  })
+
   test('that cannot be reached, or does not know the password, is a fault that says which', async () => {
     const nobody = await examined({ DATABASE_URL: `postgres://u:secret@127.0.0.1:${await freePort()}/d` })
     expect(nobody.code).toBe(1)
@@ -327,6 +378,30 @@ describe('the machine and the rest', () => {
     expect(of('machine.grpc-address')).toMatchObject([
       { verdict: 'fault', text: expect.stringContaining('another process') },
     ])
+  })
+
+  test('an issuer whose keys cannot be had is a fault, and one that has some is not', async () => {
+    let answer = ''
+    await using issuer = createServer((_, response) => response.end(answer))
+    await new Promise<void>((done) => issuer.listen(0, '127.0.0.1', done))
+    const { port } = issuer.address() as AddressInfo
+    const { publicKey } = generateKeyPairSync('ed25519')
+    const examinedAt = async (at: number) =>
+      (
+        await examined({
+          ITEMCACHE_AUTH: `jwt:https://issuer.example?audience=items&jwks=http://127.0.0.1:${at}/jwks`,
+        })
+      ).of('machine.auth')
+    expect(await examinedAt(await freePort())).toMatchObject([
+      { verdict: 'fault', text: expect.stringContaining('ECONNREFUSED') },
+    ])
+    for (answer of ['Welcome', '{"issuer":"https://issuer.example"}', '{"keys":[]}']) {
+      expect(await examinedAt(port)).toMatchObject([
+        { verdict: 'fault', text: expect.stringContaining('the keys of the issuer cannot be had') },
+      ])
+    }
+    answer = JSON.stringify({ keys: [publicKey.export({ format: 'jwk' })] })
+    expect(await examinedAt(port)).toMatchObject([{ verdict: 'ok' }])
   })
 
   test('variables that cannot be used are named, and nothing else is examined', async () => {
