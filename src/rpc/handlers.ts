@@ -38,6 +38,7 @@ import {
   WatchMetricsResponseSchema,
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions } from '../invalidation/subscriptions.ts'
+import { untilAborted } from '../invalidation/tail.ts'
 import { etagOf, LIMITS } from '../item.ts'
 import type { InspectedParts } from '../service/inspect.ts'
 import { readPage } from '../service/list.ts'
@@ -340,7 +341,8 @@ export function implementation(
     checkId(request.id, 'id', violations)
     violations.throwIfAny()
     context.id = request.id
-    const found = await inspectMessage(inspected, frame.metrics, context.tenant, request.id)
+    const inspecting = inspectMessage(inspected, frame.metrics, context.tenant, request.id)
+    const found = await untilAborted(inspecting, context.signal)
     return toBinary(InspectItemResponseSchema, found)
   }
 

@@ -91,6 +91,7 @@ export class Intake implements Disposable {
   /** Open streams of each connection that has any, and of all. */
   readonly #streams = new Map<Http2Session, number>()
   #open = 0
+  readonly #sessions = new Set<Http2Session>()
   /** Connections without a stream, and the look since which they have none, in that order. */
   readonly #idle = new Map<Http2Session, number>()
   readonly #sweep: NodeJS.Timeout
@@ -146,9 +147,19 @@ export class Intake implements Disposable {
     }
     http2.on('stream', listener as never)
     http2.on('session', (session) => {
+      this.#sessions.add(session)
       this.#idle.set(session, this.#sweeps)
-      session.once('close', () => this.#idle.delete(session))
+      session.once('close', () => {
+        this.#sessions.delete(session)
+        this.#idle.delete(session)
+      })
     })
+  }
+
+  /** Ends all connections, whatever is under way on them. grpc-js knows of them only while it counts for channelz. */
+  cut(): void {
+    // A code alone makes it an error to all who wait, which the types do not know of.
+    for (const session of this.#sessions) session.destroy(constants.NGHTTP2_CANCEL as unknown as Error)
   }
 
   #admit(stream: ServerHttp2Stream, headers: IncomingHttpHeaders, raw: readonly string[]): Call | undefined {
@@ -174,7 +185,6 @@ export class Intake implements Disposable {
     }
     showRepeatedCredentials(headers, raw)
 
-    let refused = false
     this.#calls.add(call)
     const method = this.#options.unary.get(path)
     const unary =
@@ -188,18 +198,14 @@ export class Intake implements Disposable {
       )
     call.unary = unary
     stream.on('data', (chunk: Buffer) => {
-      if (refused) return
-      if (weight.add(chunk)) {
-        unary?.receive(chunk)
-        return
-      }
-      refused = true
-      weight.release()
-      this.refuse(call, tooMuch())
+      if (call.refused) return
+      if (weight.add(chunk)) unary?.receive(chunk)
+      else this.refuse(call, tooMuch())
     })
     if (unary !== undefined) stream.on('error', ignore).on('end', () => unary.end())
     stream.once('close', () => {
-      weight.release()
+      // What is being unpacked is held whoever has left.
+      if (unary?.unpacking !== true) weight.release()
       this.#calls.delete(call)
       unary?.closed()
       this.#closed(session)
@@ -288,7 +294,11 @@ export class Intake implements Disposable {
   }
 
   /** Answers a call of which no handler knows yet. */
-  refuse({ stream, path, kind, sinceMs, taken, unary }: Call, error: ItemCacheError): void {
+  refuse(call: Call, error: ItemCacheError): void {
+    if (call.refused) return
+    call.refused = true
+    call.weight.release()
+    const { stream, path, kind, sinceMs, taken, unary } = call
     const { metrics, requests, now } = this.#options
     const failure = toStatus(error)
     // The handler of any other kind has not been called yet, and so the call not been counted.
@@ -370,6 +380,8 @@ class Call implements CallOwner {
   taken: ServerInterceptingCallInterface | undefined
   /** What was made of it here. */
   unary: UnaryCall | undefined
+  /** It has been answered without its handler, and what still comes is dropped. */
+  refused = false
   /** Its place in the list of those that are open. */
   listed = false
   before: Call | undefined

@@ -143,6 +143,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
       const { promise, resolve } = Promise.withResolvers<void>()
       const cut = () => {
         server.forceShutdown()
+        intake.cut()
         resolve()
       }
       const timer = setTimeout(cut, timeoutMs)

@@ -114,6 +114,9 @@ export function toStatus(error: ItemCacheError, cache?: Uint8Array): Status {
   return { code, details: message, metadata }
 }
 
+/** Of messages that callers send. */
+export const ACCEPTED_ENCODINGS = 'identity,deflate,gzip'
+
 /** A status as the headers of an answer without a message. */
 export function trailersOnly({ code, details, metadata }: Status): OutgoingHttpHeaders {
   return {
@@ -121,6 +124,7 @@ export function trailersOnly({ code, details, metadata }: Status): OutgoingHttpH
     'content-type': 'application/grpc+proto',
     'grpc-status': code,
     'grpc-message': encodeURI(details),
+    'grpc-accept-encoding': ACCEPTED_ENCODINGS,
     ...metadata.toHttp2Headers(),
   }
 }

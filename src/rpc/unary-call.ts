@@ -9,7 +9,7 @@ import { constants, type IncomingHttpHeaders, type ServerHttp2Stream } from 'nod
 import { gunzip, inflate } from 'node:zlib'
 import { ItemCacheError } from '../errors.ts'
 import type { Reply } from './service-definition.ts'
-import { type Status, trailersOnly } from './status.ts'
+import { ACCEPTED_ENCODINGS, type Status, trailersOnly } from './status.ts'
 import { Framed, PREFIX_BYTES } from './wire.ts'
 
 /** A method that is called with one message and answers one. */
@@ -23,14 +23,14 @@ export interface UnaryMethod {
 export interface CallOwner {
   /** The request is not one. Must answer the call. */
   reject(error: ItemCacheError): void
-  /** The handler has the request. */
+  /** The handler has the request, or nobody needs it any more. */
   delivered(): void
 }
 
 const RESPONSE_HEADERS = {
   ':status': constants.HTTP_STATUS_OK,
   'content-type': 'application/grpc+proto',
-  'grpc-accept-encoding': 'identity,deflate,gzip',
+  'grpc-accept-encoding': ACCEPTED_ENCODINGS,
 }
 const WITH_TRAILERS = { waitForTrailers: true }
 const OK_TRAILERS = { 'grpc-status': '0' }
@@ -46,8 +46,10 @@ export class UnaryCall {
   readonly #method: UnaryMethod
   readonly #owner: CallOwner
   readonly #deadlineMs: number
-  /** What has come of the request; more than one chunk in an array. */
-  #received: Buffer | Buffer[] | undefined
+  /** A message is being unpacked, which nobody can stop. */
+  unpacking = false
+  /** What has come of the request: the first chunk as it came, or a buffer that has room for more. */
+  #received: Buffer = NOTHING
   #receivedBytes = 0
   /** Of the message; -1: not known yet. */
   #length = -1
@@ -103,12 +105,11 @@ export class UnaryCall {
   /** A part of the request. */
   receive(chunk: Buffer): void {
     if (this.#answered) return
-    if (this.#received === undefined) this.#received = chunk
-    else if (Array.isArray(this.#received)) this.#received.push(chunk)
-    else this.#received = [this.#received, chunk]
+    if (this.#receivedBytes === 0) this.#received = chunk
+    else this.#append(chunk)
     this.#receivedBytes += chunk.byteLength
     if (this.#length === -1 && this.#receivedBytes >= PREFIX_BYTES) {
-      this.#length = this.#bytes().readUInt32BE(1)
+      this.#length = this.#received.readUInt32BE(1)
       if (this.#length > this.#method.maxRequestBytes) {
         this.#owner.reject(tooLarge(this.#length, this.#method.maxRequestBytes))
         return
@@ -119,15 +120,15 @@ export class UnaryCall {
     }
   }
 
-  /** The request is complete. */
+  /** The request is complete, or was broken off: the end of both looks the same. */
   end(): void {
-    if (this.#answered) return
+    if (this.#answered || this.#stream.aborted) return
     if (this.#receivedBytes < PREFIX_BYTES + Math.max(0, this.#length)) {
       this.#owner.reject(notOneMessage(this.#receivedBytes === 0 ? 'no message' : 'a part of a message'))
       return
     }
-    const bytes = this.#bytes()
-    this.#received = undefined
+    const bytes = this.#received.subarray(0, this.#receivedBytes)
+    this.#received = NOTHING
     const message = bytes.subarray(PREFIX_BYTES)
     if (bytes[0] === 0) this.#deliver(message)
     else this.#unpack(bytes[0] ?? 0, message)
@@ -162,10 +163,15 @@ export class UnaryCall {
     return !this.#stream.destroyed && !this.#stream.closed
   }
 
-  /** What has come so far, in one piece. */
-  #bytes(): Buffer {
-    if (Array.isArray(this.#received)) this.#received = Buffer.concat(this.#received)
-    return this.#received ?? Buffer.alloc(0)
+  /** Into one buffer: a chunk of a byte that is kept by itself takes a hundred. */
+  #append(chunk: Buffer): void {
+    const bytes = this.#receivedBytes + chunk.byteLength
+    if (bytes > this.#received.byteLength) {
+      const larger = Buffer.allocUnsafe(Math.max(bytes, 2 * this.#received.byteLength))
+      this.#received.copy(larger, 0, 0, this.#receivedBytes)
+      this.#received = larger
+    }
+    chunk.copy(this.#received, this.#receivedBytes)
   }
 
   #deliver(message: Buffer): void {
@@ -181,12 +187,17 @@ export class UnaryCall {
     else if (unpack === undefined) this.#owner.reject(unknownEncoding())
     else {
       const options = { maxOutputLength: this.#method.maxRequestBytes }
+      this.unpacking = true
       unpack(message, options, (error, unpacked) => this.#unpacked(error, unpacked))
     }
   }
 
   #unpacked(error: Error | null, message: Buffer): void {
-    if (this.#answered) return
+    this.unpacking = false
+    if (this.#answered) {
+      this.#owner.delivered()
+      return
+    }
     const { maxRequestBytes } = this.#method
     if (error === null) this.#deliver(message)
     else if ('code' in error && error.code === 'ERR_BUFFER_TOO_LARGE') {
@@ -226,6 +237,7 @@ export class CallHeaders {
 }
 
 const NO_VALUES: readonly string[] = []
+const NOTHING = Buffer.alloc(0)
 
 const notOneMessage = (what: string) =>
   new ItemCacheError('unimplemented', `the request holds ${what}, where the method takes one`, {

@@ -522,6 +522,16 @@ describe('what is no call of this service is refused', () => {
     }
   })
 
+  attack('a message that comes byte by byte is put together', async () => {
+    const outcome = await withSession(async (session) => {
+      const stream = open(session)
+      for (const byte of one) await new Promise((resolve) => stream.write(Buffer.of(byte), resolve))
+      stream.end()
+      return outcomeOf(stream)
+    })
+    expect(outcome.code).toBe(status.OK)
+  })
+
   attack('two messages, or none, for one answer are UNIMPLEMENTED', async () => {
     expect((await answerTo(Buffer.concat(Array(500).fill(one)))).code).toBe(status.UNIMPLEMENTED)
     expect((await answerTo(NOTHING)).code).toBe(status.UNIMPLEMENTED)

@@ -1,4 +1,5 @@
 import { once } from 'node:events'
+import { connect } from 'node:http2'
 import {
   create,
   createFileRegistry,
@@ -226,12 +227,25 @@ describe('a server that drains', () => {
     })
     const stuck = service.client.failure('getItem', { id: '1' }, { timeoutMs: 60_000 })
     await asked.promise
+    const { host, port } = service.app.address
+    const connection = connect(`http://${host}:${port}`)
+    const cut = new Promise((resolve) => connection.once('close', resolve))
+    const unfinished = connection.request({
+      ':method': 'POST',
+      ':path': '/itemcache.v1.ItemCacheService/GetItem',
+      'content-type': 'application/grpc',
+      te: 'trailers',
+    })
+    unfinished.on('error', () => {}).write(Buffer.of(0))
+    connection.on('error', () => {})
+    await new Promise((resolve) => connection.once('remoteSettings', resolve))
     const startedMs = performance.now()
     const drained = service.app[Symbol.asyncDispose]()
     expect(await stuck).toMatchObject({ code: expect.toBeOneOf([status.UNAVAILABLE, status.CANCELLED]) })
     expect(performance.now() - startedMs).toBeGreaterThan(250)
     // Nor for what the catalogue may still say.
     await drained
+    await cut
     expect(performance.now() - startedMs).toBeLessThan(20_000)
     await service[Symbol.asyncDispose]()
   })
