@@ -35,7 +35,7 @@ import {
 } from './flights.ts'
 import { Loader, type LoaderOptions, type LoaderParts, stamp } from './load.ts'
 import type { Probe } from './probe.ts'
-import { walked } from './walk.ts'
+import { type Traced, walked } from './walk.ts'
 
 /** How fresh an answer must be. */
 export interface ReadOptions {
@@ -147,6 +147,27 @@ export class Reader {
     return answers
   }
 
+  /** Brings an item into memory, from wherever it is. Counts as no read; throws only what ends the signal. */
+  async recall(tenant: string, id: string, signal: AbortSignal, trace?: Trace): Promise<void> {
+    if (!this.#parts.memory.enabled || !this.#loader.isCached(tenant, id)) return
+    try {
+      const { flight, joined } = this.#flights.join(tenant, id, 'cached', {})
+      if (trace !== undefined) board(trace, flight, 'cached', joined)
+      using _waiting = flight.board()
+      await untilAborted(flight.result.promise, signal)
+    } catch {
+      // Whoever wants the item finds out why there is none.
+      signal.throwIfAborted()
+    }
+  }
+
+  /** An item's bytes as memory has them, if that is what is current. Counts as no read. */
+  known(tenant: string, id: string): Uint8Array | undefined {
+    const copy = this.#parts.memory.peek(tenant, id)
+    const isCurrent = copy !== undefined && this.#parts.tail.view(tenant)?.judge(copy) === 'current'
+    return isCurrent ? copy.bytes : undefined
+  }
+
   /** The answer for one item, from whichever tier has it. Throws `ItemCacheError`. */
   async read(tenant: string, id: string, options: ReadOptions, signal: AbortSignal): Promise<Answer> {
     return this.hit(tenant, id, options) ?? this.load(tenant, id, options, signal)
@@ -203,8 +224,8 @@ export class Reader {
    * Stored iff it passes: puts copies, stamped, into memory, and into Redis without waiting for it.
    * Returns the copies as they were stored; those that did not pass as they were.
    */
-  async keep(tenant: string, copies: readonly Copy[], trace?: Trace): Promise<readonly Copy[]> {
-    return (await this.#loader.keep(tenant, copies, [{ trace }])).kept
+  async keep(tenant: string, copies: readonly Copy[], traced: readonly Traced[]): Promise<readonly Copy[]> {
+    return (await this.#loader.keep(tenant, copies, traced)).kept
   }
 
   /** How much of what can grow there is now. */
