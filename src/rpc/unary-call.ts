@@ -148,7 +148,7 @@ export class UnaryCall {
     if (!this.#mayAnswer()) return
     const frame = reply instanceof Framed ? reply.bytes : framed(reply)
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
-    this.#stream.once('wantTrailers', sendOk)
+    this.#stream.on('wantTrailers', sendOk)
     this.#stream.end(frame)
   }
 

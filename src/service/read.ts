@@ -443,23 +443,28 @@ export class Reader {
     const instead = (why: Why) =>
       this.#staleInstead(tenant, flight.id, options, flight, { ...why, coalesced: joined })
     if (!options.allowStale || options.freshness === 'FRESH') return await untilAborted(promise, signal)
-    const { promise: late, resolve: isLate } = Promise.withResolvers<undefined>()
-    const timer = setTimeout(isLate, this.#options.softTimeoutMs, undefined)
+    // What comes first: the flight's end, the soft timeout (`undefined`), or the signal's.
+    const { promise: first, resolve, reject } = Promise.withResolvers<Landed | undefined>()
+    const timer = setTimeout(resolve, this.#options.softTimeoutMs, undefined)
+    const leave = () => reject(signal.reason)
+    signal.addEventListener('abort', leave, { once: true })
+    if (signal.aborted) leave()
+    promise.then(resolve, reject)
     // While polls fail there is little to wait for once the caches have been asked. But PostgreSQL may answer all the
     // same: a copy whose content is known to have changed is served only when it has not in time.
     const down = this.#parts.tail.failing
     try {
       if (down) {
-        const first = await untilAborted(Promise.race([promise, flight.cachesAsked.promise, late]), signal)
-        if (first !== undefined) return first
+        const landed = await Promise.race([first, flight.cachesAsked.promise])
+        if (landed !== undefined) return landed
         const stale = instead({ reason: 'TIER_DOWN' })
         if (stale !== undefined) {
           this.#goOn(flight)
           return stale
         }
       }
-      const first = await untilAborted(Promise.race([promise, late]), signal)
-      if (first !== undefined) return first
+      const landed = await first
+      if (landed !== undefined) return landed
       const stale = instead({ reason: down ? 'TIER_DOWN' : 'SOFT_TIMEOUT', supersededToo: down })
       if (stale === undefined) return await untilAborted(promise, signal)
       this.#goOn(flight)
@@ -473,6 +478,7 @@ export class Reader {
       throw error
     } finally {
       clearTimeout(timer)
+      signal.removeEventListener('abort', leave)
     }
   }
 
