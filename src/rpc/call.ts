@@ -475,7 +475,8 @@ class LookUpTime {
   }
 }
 
-function wellFormed<Request>(request: Request | Malformed): Request {
+/** The request. Throws `invalid` when there is none. */
+export function wellFormed<Request>(request: Request | Malformed): Request {
   if (!(request instanceof Malformed)) return request
   throw new ItemCacheError('invalid', 'the message could not be decoded', {
     reason: 'MALFORMED_MESSAGE',
@@ -531,6 +532,7 @@ class Account {
       context?.tier === 'memory' && (context.outcome === 'HIT' || context.outcome === 'NEGATIVE_HIT')
     if (isHit && this.trace === undefined && !this.#frame.requests.wantsHit(durationMs)) return
     const { tenant, id, tier, outcome } = context ?? {}
+    const { trace } = this
     if (this.trace !== undefined) {
       this.trace.answered({ code, tenant, id, tier, outcome, reason })
       if (isHit && !this.#frame.requests.wantsHit(durationMs)) return
@@ -538,7 +540,10 @@ class Account {
     const line = {
       method: this.#method,
       code,
-      trace_id: context?.traceId ?? this.trace?.traceId,
+      // Most lines are left out, and an id that nobody has given is made for this one.
+      get trace_id() {
+        return context?.traceId ?? trace?.traceId
+      },
       span_id: this.trace?.spanId,
       tenant,
       id,

@@ -7,8 +7,8 @@ import { fromBinary, toBinary } from '@bufbuild/protobuf'
 import { type ItemCacheError, itemNotFound } from '../errors.ts'
 import { CacheOutcome, ItemSchema, SkipReason, StaleReason, Tier } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Page } from '../service/list.ts'
-import type { Answer } from '../service/read.ts'
-import type { SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
+import type { Answer, AsciiIds } from '../service/read.ts'
+import type { Copy, SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
 import { cut, type ItemMask } from './field-mask.ts'
 import { codeOf } from './status.ts'
 import {
@@ -62,6 +62,13 @@ function putCacheStatus(writer: FieldWriter, answer: Answer, nowMs: number): voi
     writer.header(7, 4).number(1, TIERS[skipped.tier]).number(2, SKIP_REASONS[skipped.reason])
   }
   if (copy !== undefined && copy.asOf !== 0) writer.number(8, copy.asOf)
+}
+
+/** The `CacheStatus` fields of a copy that is fresh. */
+function putTimes(writer: FieldWriter, copy: Copy, nowMs: number): void {
+  putDuration(writer, 5, nowMs - copy.verifiedAtMs)
+  putDuration(writer, 6, copy.freshUntilMs - nowMs)
+  if (copy.asOf !== 0) writer.number(8, copy.asOf)
 }
 
 /** Milliseconds as a `Duration`; negative ones as zero. */
@@ -166,6 +173,29 @@ export function encodeBatch(
     if (item !== undefined) writer.bytes(2, item)
     if (error !== undefined) writer.bytes(3, error)
     if (!failed) writer.message(4, STATUS)
+  }
+  return writer.finishFramed()
+}
+
+/** The same of ids that all are plain hits (`Reader.plainHits`), with all fields of their items. */
+export function encodePlainHits(
+  { bytes, bounds, length }: AsciiIds,
+  copies: readonly Copy[],
+  nowMs: number,
+): Framed {
+  let maxBytes = bytes.byteLength + length * (3 * HEADER_BYTES + CACHE_STATUS_BYTES)
+  for (const copy of copies) maxBytes += (copy.bytes ?? NOTHING).byteLength
+  const writer = WRITER.start(maxBytes)
+  for (let n = 0; n < length; n++) {
+    const copy = copies[n] as Copy
+    const item = copy.bytes ?? NOTHING
+    // The id's field in the request is the one in the result.
+    const from = (bounds[2 * n] as number) - 2
+    const to = bounds[2 * n + 1] as number
+    STATUS.start(CACHE_STATUS_BYTES).number(1, Tier.MEMORY).number(2, CacheOutcome.HIT)
+    putTimes(STATUS, copy, nowMs)
+    writer.header(1, to - from + fieldBytes(item.byteLength) + fieldBytes(STATUS.length))
+    writer.rawPart(bytes, from, to).bytes(2, item).message(4, STATUS)
   }
   return writer.finishFramed()
 }

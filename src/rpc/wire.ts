@@ -108,6 +108,12 @@ export class FieldWriter {
     return this
   }
 
+  /** Short fields that are encoded already, from `from` up to `to`. */
+  rawPart(fields: Uint8Array, from: number, to: number): this {
+    for (let i = from; i < to; i++) this.#bytes[this.#at++] = fields[i] as number
+    return this
+  }
+
   /** Fields that are encoded already. */
   raw(fields: Uint8Array): this {
     this.#bytes.set(fields, this.#at)

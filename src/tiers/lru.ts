@@ -130,6 +130,8 @@ export class Lru<V> {
   #missedKey = ''
   #missedOwner = ''
   #missedHash = 0
+  /** By `findAscii`. */
+  #found = NONE
   /** The first of the slots that were given back, linked through `next`. */
   #free = NONE
 
@@ -206,6 +208,23 @@ export class Lru<V> {
     this.stale = nowMs >= (floats[slot * FLOATS + SOFT_UNTIL] as number)
     this.#touch(slot)
     return this.#parts[slot * PARTS + VALUE] as V
+  }
+
+  /**
+   * The living value of a key of which all characters are ASCII, from where it lies in `bytes`: no string is made of it. As
+   * `peek`, until `foundIsHit` says otherwise.
+   */
+  findAscii(bytes: Uint8Array, from: number, to: number, owner: string, nowMs: number): V | undefined {
+    const slot = this.#findAscii(bytes, from, to, owner)
+    if (slot === NONE || nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) return undefined
+    this.#found = slot
+    return this.#parts[slot * PARTS + VALUE] as V
+  }
+
+  /** What `findAscii` has just found becomes the most recent entry, and counts as a hit. */
+  foundIsHit(): void {
+    this.#hits += 1
+    this.#touch(this.#found)
   }
 
   /** As `get`, but changes neither the order nor the statistics, and removes nothing. */
@@ -349,11 +368,15 @@ export class Lru<V> {
 
   /** Mixes after every unit, so that no two keys collide for all seeds. 30 bits are a small integer in every engine. */
   #hash(key: string, owner: string): number {
+    return this.#mix(this.#hashOfOwner(owner), key) & 0x3fff_ffff
+  }
+
+  #hashOfOwner(owner: string): number {
     if (owner !== this.#lastOwner) {
       this.#lastOwner = owner
       this.#ownerHash = this.#mix(this.#seed, owner)
     }
-    return this.#mix(this.#ownerHash, key) & 0x3fff_ffff
+    return this.#ownerHash
   }
 
   #mix(from: number, text: string): number {
@@ -375,6 +398,30 @@ export class Lru<V> {
       slot !== NONE &&
       (words[slot * WORDS + HASH] !== hash ||
         parts[slot * PARTS + KEY] !== key ||
+        parts[slot * PARTS + OWNER] !== owner)
+    ) {
+      slot = words[slot * WORDS + CHAIN] as number
+    }
+    return slot
+  }
+
+  /** As `#find` for the text of these characters. */
+  #findAscii(bytes: Uint8Array, from: number, to: number, owner: string): number {
+    const multiplier = this.#multiplier
+    let hash = this.#hashOfOwner(owner)
+    for (let at = from; at < to; at += 1) {
+      hash = Math.imul(hash ^ (bytes[at] as number), multiplier)
+      hash ^= hash >>> 15
+    }
+    hash &= 0x3fff_ffff
+    const words = this.#words
+    const buckets = this.#buckets
+    const parts = this.#parts
+    let slot = buckets[hash & (buckets.length - 1)] as number
+    while (
+      slot !== NONE &&
+      (words[slot * WORDS + HASH] !== hash ||
+        !isText(parts[slot * PARTS + KEY] as string, bytes, from, to) ||
         parts[slot * PARTS + OWNER] !== owner)
     ) {
       slot = words[slot * WORDS + CHAIN] as number
@@ -555,4 +602,10 @@ export class Lru<V> {
     if (this.#hasShares) this.#owned = new Uint32Array((capacity + 1) * OWNED_WORDS)
     this.#buckets = new Uint32Array(2 ** Math.ceil(Math.log2(capacity)))
   }
+}
+
+function isText(text: string, bytes: Uint8Array, from: number, to: number): boolean {
+  if (text.length !== to - from) return false
+  for (let at = 0; at < text.length; at += 1) if (text.charCodeAt(at) !== bytes[from + at]) return false
+  return true
 }

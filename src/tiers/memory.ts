@@ -73,6 +73,16 @@ export class MemoryTier implements CacheTier {
     return this.#copies.get(id, tenant, nowMs)
   }
 
+  /** The copy of an id of which all characters are ASCII, from where it lies in `bytes`. As `peek`, until `foundIsHit`. */
+  findAscii(tenant: string, bytes: Uint8Array, from: number, to: number, nowMs: number): Copy | undefined {
+    return this.#copies.findAscii(bytes, from, to, tenant, nowMs)
+  }
+
+  /** What `findAscii` has just found counts as a hit, and as used. */
+  foundIsHit(): void {
+    this.#copies.foundIsHit()
+  }
+
   /** As `get`, but neither counts nor touches recency. */
   peek(tenant: string, id: string): Copy | undefined {
     return this.#copies.peek(id, tenant)
