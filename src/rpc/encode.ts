@@ -17,6 +17,7 @@ import {
   fieldBytes,
   HEADER_BYTES,
   MAX_UTF8_BYTES,
+  MIN_LENT_BYTES,
   NUMBER_BYTES,
   utf8Bytes,
 } from './wire.ts'
@@ -37,9 +38,13 @@ export const SKIP_REASONS: Readonly<Record<DomainSkipReason, SkipReason>> = {
 /** No function here is called while another one writes. */
 const WRITER = new FieldWriter()
 const STATUS = new FieldWriter()
+const LENT = new FieldWriter()
 
 /** No encoded `CacheStatus` is longer, so that its length is one byte. */
 const CACHE_STATUS_BYTES = 127
+
+/** Two enums, two durations and an as-of. */
+const PLAIN_STATUS_BYTES = 7 * NUMBER_BYTES + 2 * HEADER_BYTES
 
 /** Where an answer came from: an encoded `CacheStatus`. `nowMs` is the reader's clock. */
 export function cacheStatus(answer: Answer, nowMs: number): Uint8Array {
@@ -62,13 +67,6 @@ function putCacheStatus(writer: FieldWriter, answer: Answer, nowMs: number): voi
     writer.header(7, 4).number(1, TIERS[skipped.tier]).number(2, SKIP_REASONS[skipped.reason])
   }
   if (copy !== undefined && copy.asOf !== 0) writer.number(8, copy.asOf)
-}
-
-/** The `CacheStatus` fields of a copy that is fresh. */
-function putTimes(writer: FieldWriter, copy: Copy, nowMs: number): void {
-  putDuration(writer, 5, nowMs - copy.verifiedAtMs)
-  putDuration(writer, 6, copy.freshUntilMs - nowMs)
-  if (copy.asOf !== 0) writer.number(8, copy.asOf)
 }
 
 /** Milliseconds as a `Duration`; negative ones as zero. */
@@ -183,21 +181,33 @@ export function encodePlainHits(
   copies: readonly Copy[],
   nowMs: number,
 ): Framed {
-  let maxBytes = bytes.byteLength + length * (3 * HEADER_BYTES + CACHE_STATUS_BYTES)
-  for (const copy of copies) maxBytes += (copy.bytes ?? NOTHING).byteLength
-  const writer = WRITER.start(maxBytes)
+  let maxBytes = bytes.byteLength + length * (3 * HEADER_BYTES + PLAIN_STATUS_BYTES)
+  for (const copy of copies) maxBytes += copy.bytes?.byteLength ?? 0
+  const isLarge = maxBytes >= MIN_LENT_BYTES
+  const writer = isLarge ? LENT.startLent(maxBytes) : WRITER.start(maxBytes)
+  STATUS.start(CACHE_STATUS_BYTES)
+  // The part of the status that is the same for all copies of one SELECT.
+  let verifiedAtMs = Number.NaN
+  let common = 0
   for (let n = 0; n < length; n++) {
     const copy = copies[n] as Copy
     const item = copy.bytes ?? NOTHING
+    if (copy.verifiedAtMs !== verifiedAtMs) {
+      verifiedAtMs = copy.verifiedAtMs
+      STATUS.rewind(0).number(1, Tier.MEMORY).number(2, CacheOutcome.HIT)
+      putDuration(STATUS, 5, nowMs - verifiedAtMs)
+      common = STATUS.length
+    }
+    STATUS.rewind(common)
+    putDuration(STATUS, 6, copy.freshUntilMs - nowMs)
+    if (copy.asOf !== 0) STATUS.number(8, copy.asOf)
     // The id's field in the request is the one in the result.
     const from = (bounds[2 * n] as number) - 2
     const to = bounds[2 * n + 1] as number
-    STATUS.start(CACHE_STATUS_BYTES).number(1, Tier.MEMORY).number(2, CacheOutcome.HIT)
-    putTimes(STATUS, copy, nowMs)
     writer.header(1, to - from + fieldBytes(item.byteLength) + fieldBytes(STATUS.length))
     writer.rawPart(bytes, from, to).bytes(2, item).message(4, STATUS)
   }
-  return writer.finishFramed()
+  return isLarge ? writer.finishLent() : writer.finishFramed()
 }
 
 const optionalBytes = (field: Uint8Array | undefined) =>
