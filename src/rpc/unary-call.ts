@@ -148,7 +148,7 @@ export class UnaryCall {
     if (!this.#mayAnswer()) return
     const frame = reply instanceof Framed ? reply.bytes : framed(reply)
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
-    this.#stream.once('wantTrailers', sendOk)
+    this.#stream.on('wantTrailers', sendOk)
     if (reply instanceof Framed && reply.isLent) {
       // A write calls back when the socket has taken all of it.
       this.#stream.write(frame, (error) => reply.sent(error))

@@ -345,6 +345,17 @@ describe('a large answer', () => {
     expect(frame('d').bytes.buffer).toBe(second.bytes.buffer)
   })
 
+  test('leaves buffers of at most 4 MiB in all for the next ones', () => {
+    const frames = () =>
+      Array.from({ length: 40 }, () => new FieldWriter().startLent(200_000).string(1, 'a').finishLent())
+    const first = frames()
+    for (const one of first) one.sent(null)
+    const known = new Set(first.map((one) => one.bytes.buffer))
+    const again = frames().filter((one) => known.has(one.bytes.buffer))
+    expect(again.length).toBeGreaterThan(0)
+    expect(again.reduce((sum, one) => sum + one.heldBytes, 0)).toBeLessThanOrEqual(4 * 1024 * 1024)
+  })
+
   test('counts as much as its buffer has, and is as long as what was written', () => {
     const one = frame('a')
     expect(one.byteLength).toBe(20_004)
