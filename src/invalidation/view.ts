@@ -143,6 +143,8 @@ export class View {
   readonly #keys: Floors
   readonly #tags: Floors
   readonly #maxFloors: number
+  /** No mark of any floor is higher. A hot copy has reached it, and then no floor needs to be looked up. */
+  #highest = 0
   #position = 0
   #heardMs = Number.NEGATIVE_INFINITY
 
@@ -170,6 +172,7 @@ export class View {
 
   /** The rule, but for heard: what the floors say of a copy. */
   judge({ id, asOf, tags }: Dated): Verdict {
+    if (asOf >= this.#highest) return 'current'
     const tenant = this.#tenant
     let { changed, expired, removed } = tenant
     const key = this.#keys.get(id)
@@ -239,7 +242,9 @@ export class View {
   /** Timelines: a revision of a timeline that this view has not seen proves a failover. */
   seen(revision: number): void {
     const start = Math.floor(revision / TIMELINE_SPAN) * TIMELINE_SPAN
-    if (start > this.#position) this.#tenant.changed = Math.max(this.#tenant.changed, start)
+    if (start <= this.#position) return
+    this.#tenant.changed = Math.max(this.#tenant.changed, start)
+    this.#highest = Math.max(this.#highest, start)
   }
 
   /** Known before applied: a copy newer than the position is about to be served or stored. */
@@ -283,6 +288,7 @@ export class View {
 
   #raiseFloors(row: LogRow): void {
     const { revision } = row
+    this.#highest = Math.max(this.#highest, revision)
     const mark: Mark = row.kind === 'UPSERTED' ? 'changed' : row.mode === 'REMOVE' ? 'removed' : 'expired'
     switch (row.kind) {
       case 'UPSERTED':
@@ -307,11 +313,13 @@ export class View {
 
   /** Nothing older is current, and nothing older that is not current is served. */
   #raiseTenant(revision: number): void {
+    this.#highest = Math.max(this.#highest, revision)
     this.#tenant.changed = Math.max(this.#tenant.changed, revision)
     this.#tenant.removed = Math.max(this.#tenant.removed, revision)
   }
 
   #raise(floors: Floors, name: string, mark: Mark, revision: number): void {
+    this.#highest = Math.max(this.#highest, revision)
     const forgotten = floors.raise(name, mark, revision)
     if (forgotten !== undefined) this.#raiseTenantTo(forgotten)
   }

@@ -476,7 +476,8 @@ class LookUpTime {
   }
 }
 
-function wellFormed<Request>(request: Request | Malformed): Request {
+/** The request. Throws `invalid` when there is none. */
+export function wellFormed<Request>(request: Request | Malformed): Request {
   if (!(request instanceof Malformed)) return request
   throw new ItemCacheError('invalid', 'the message could not be decoded', {
     reason: 'MALFORMED_MESSAGE',

@@ -7,8 +7,8 @@ import { fromBinary, toBinary } from '@bufbuild/protobuf'
 import { type ItemCacheError, itemNotFound } from '../errors.ts'
 import { CacheOutcome, ItemSchema, SkipReason, StaleReason, Tier } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Page } from '../service/list.ts'
-import type { Answer } from '../service/read.ts'
-import type { SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
+import type { Answer, AsciiIds } from '../service/read.ts'
+import type { Copy, SkipReason as DomainSkipReason, TierName } from '../tiers/tier.ts'
 import { cut, type ItemMask } from './field-mask.ts'
 import { codeOf } from './status.ts'
 import {
@@ -17,6 +17,7 @@ import {
   fieldBytes,
   HEADER_BYTES,
   MAX_UTF8_BYTES,
+  MIN_LENT_BYTES,
   NUMBER_BYTES,
   utf8Bytes,
 } from './wire.ts'
@@ -37,9 +38,13 @@ export const SKIP_REASONS: Readonly<Record<DomainSkipReason, SkipReason>> = {
 /** No function here is called while another one writes. */
 const WRITER = new FieldWriter()
 const STATUS = new FieldWriter()
+const LENT = new FieldWriter()
 
 /** No encoded `CacheStatus` is longer, so that its length is one byte. */
 const CACHE_STATUS_BYTES = 127
+
+/** Two enums, two durations and an as-of. */
+const PLAIN_STATUS_BYTES = 7 * NUMBER_BYTES + 2 * HEADER_BYTES
 
 /** Where an answer came from: an encoded `CacheStatus`. `nowMs` is the reader's clock. */
 export function cacheStatus(answer: Answer, nowMs: number): Uint8Array {
@@ -168,6 +173,41 @@ export function encodeBatch(
     if (!failed) writer.message(4, STATUS)
   }
   return writer.finishFramed()
+}
+
+/** The same of ids that all are plain hits (`Reader.plainHits`), with all fields of their items. */
+export function encodePlainHits(
+  { bytes, bounds, length }: AsciiIds,
+  copies: readonly Copy[],
+  nowMs: number,
+): Framed {
+  let maxBytes = bytes.byteLength + length * (3 * HEADER_BYTES + PLAIN_STATUS_BYTES)
+  for (const copy of copies) maxBytes += copy.bytes?.byteLength ?? 0
+  const isLarge = maxBytes >= MIN_LENT_BYTES
+  const writer = isLarge ? LENT.startLent(maxBytes) : WRITER.start(maxBytes)
+  STATUS.start(CACHE_STATUS_BYTES)
+  // The part of the status that is the same for all copies of one SELECT.
+  let verifiedAtMs = Number.NaN
+  let common = 0
+  for (let n = 0; n < length; n++) {
+    const copy = copies[n] as Copy
+    const item = copy.bytes ?? NOTHING
+    if (copy.verifiedAtMs !== verifiedAtMs) {
+      verifiedAtMs = copy.verifiedAtMs
+      STATUS.rewind(0).number(1, Tier.MEMORY).number(2, CacheOutcome.HIT)
+      putDuration(STATUS, 5, nowMs - verifiedAtMs)
+      common = STATUS.length
+    }
+    STATUS.rewind(common)
+    putDuration(STATUS, 6, copy.freshUntilMs - nowMs)
+    if (copy.asOf !== 0) STATUS.number(8, copy.asOf)
+    // The id's field in the request is the one in the result.
+    const from = (bounds[2 * n] as number) - 2
+    const to = bounds[2 * n + 1] as number
+    writer.header(1, to - from + fieldBytes(item.byteLength) + fieldBytes(STATUS.length))
+    writer.rawPart(bytes, from, to).bytes(2, item).message(4, STATUS)
+  }
+  return isLarge ? writer.finishLent() : writer.finishFramed()
 }
 
 const optionalBytes = (field: Uint8Array | undefined) =>

@@ -13,7 +13,6 @@ import {
 import type { UntypedServiceImplementation } from '@grpc/grpc-js'
 import { ItemCacheError, itemNotFound } from '../errors.ts'
 import {
-  type BatchGetItemsRequest,
   type CreateItemRequest,
   CreateItemRequestSchema,
   type DeleteItemRequest,
@@ -50,6 +49,7 @@ import type {
   Snapshot,
   StoreTier,
 } from '../tiers/tier.ts'
+import type { BatchRequest } from './batch-request.ts'
 import {
   type CallContext,
   type CallFrame,
@@ -58,6 +58,7 @@ import {
   type StreamHandler,
   serverStream,
   unary,
+  wellFormed,
 } from './call.ts'
 import {
   type BatchResult,
@@ -67,6 +68,7 @@ import {
   encodeItemError,
   encodeList,
   encodePage,
+  encodePlainHits,
   encodeStreamFailure,
   encodeStreamItem,
   encodeWritten,
@@ -186,16 +188,23 @@ export function implementation(
     }
   }
 
-  function batchGetItems(request: BatchGetItemsRequest, context: CallContext): Reply | Promise<Reply> {
-    const { ids } = request
+  function batchGetItems(batch: BatchRequest, context: CallContext): Reply | Promise<Reply> {
     const { tenant } = context
+    const plainIds = context.trace === undefined ? batch.asciiIds() : undefined
+    const plain = plainIds && reader.plainHits(tenant, plainIds)
+    if (plainIds !== undefined && plain?.length === plainIds.length) {
+      context.outcome = `${plainIds.length} ids`
+      return encodePlainHits(plainIds, plain, reader.now())
+    }
+    const request = wellFormed(batch.decoded())
+    const { ids } = request
     const violations = new Violations()
     checkIds(ids, 'ids', violations)
     const options = context.traced(readOptions(request.options, violations))
     const mask = itemMask(request.readMask, 'read_mask', violations)
     violations.throwIfAny()
     context.outcome = `${ids.length} ids`
-    const hits = reader.hits(tenant, ids, options)
+    const hits = reader.hits(tenant, ids, options, plain)
     if (!isWhole(hits)) return batchLoads(ids, hits, options, mask, context)
     return encodeBatch(ids, hits, mask, reader.now())
   }

@@ -18,6 +18,7 @@ import { file_google_rpc_error_details } from '../gen/google/rpc/error_details_p
 import { file_health_v1_health } from '../gen/health/v1/health_pb.ts'
 import { file_itemcache_v1_item_cache, ItemCacheService } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Logger } from '../observe/log.ts'
+import { BatchRequest } from './batch-request.ts'
 import type { CallFrame } from './call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
 import { Intake, type MethodKind } from './intake.ts'
@@ -172,7 +173,11 @@ function unaryMethods(
   const methods = Object.entries(definition).flatMap(([name, method]) => {
     const handle = handlers[name]
     if (handle === undefined) return []
-    const { path, requestDeserialize: decode } = method
+    const { path, requestDeserialize } = method
+    const decode =
+      name === ItemCacheService.method.batchGetItems.name
+        ? (message: Buffer) => new BatchRequest(message, requestDeserialize)
+        : requestDeserialize
     return [[path, { maxRequestBytes, decode, handle }] as const]
   })
   return new Map(methods)

@@ -149,7 +149,11 @@ export class UnaryCall {
     const frame = reply instanceof Framed ? reply.bytes : framed(reply)
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     this.#stream.on('wantTrailers', sendOk)
-    this.#stream.end(frame)
+    if (reply instanceof Framed && reply.isLent) {
+      // A write calls back when the socket has taken all of it.
+      this.#stream.write(frame, (error) => reply.sent(error))
+      this.#stream.end()
+    } else this.#stream.end(frame)
   }
 
   refuse(status: Status): void {

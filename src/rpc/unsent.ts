@@ -3,13 +3,15 @@
 import { ItemCacheError } from '../errors.ts'
 import type { Reply } from './service-definition.ts'
 import type { UnaryCall } from './unary-call.ts'
+import { Framed } from './wire.ts'
 
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
 const SMALL_BYTES = 4096
 
 /** What the answer of a call counts; one of many in a stream counts all of it. */
-export function weightOf({ byteLength }: Reply): number {
-  return byteLength > SMALL_BYTES ? byteLength : 0
+export function weightOf(reply: Reply): number {
+  const bytes = reply instanceof Framed ? reply.heldBytes : reply.byteLength
+  return bytes > SMALL_BYTES ? bytes : 0
 }
 
 /** A tenant may hold this part of all. */

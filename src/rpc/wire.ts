@@ -13,12 +13,27 @@ export const MAX_UTF8_BYTES = 3
 /** What gRPC puts before a message: a flag and the message's length. */
 export const PREFIX_BYTES = 5
 
+const NOTHING = Buffer.alloc(0)
+
 /** An encoded message with what gRPC puts before it, so that it is not copied once more. */
 export class Framed {
   readonly bytes: Buffer
+  readonly #lent: Buffer | undefined
 
-  constructor(bytes: Buffer) {
+  /** `lent`: the buffer of `FRAMES` that `bytes` is a part of, if it is. */
+  constructor(bytes: Buffer, lent?: Buffer) {
     this.bytes = bytes
+    this.#lent = lent
+  }
+
+  /** Whether `sent` is to be called. */
+  get isLent(): boolean {
+    return this.#lent !== undefined
+  }
+
+  /** The bytes have been sent, or could not be: then they may still be on their way. */
+  sent(error: Error | null | undefined): void {
+    if (this.#lent !== undefined && !error) FRAMES.giveBack(this.#lent)
   }
 
   /** Of the message. */
@@ -26,10 +41,52 @@ export class Framed {
     return this.bytes.byteLength - PREFIX_BYTES
   }
 
+  /** What is kept from others for as long as the answer has not been sent. */
+  get heldBytes(): number {
+    return this.#lent?.byteLength ?? this.byteLength
+  }
+
   get message(): Buffer {
     return this.bytes.subarray(PREFIX_BYTES)
   }
 }
+
+/** Smaller frames cost little to make. */
+export const MIN_LENT_BYTES = 16 * 1024
+/** The sizes of buffers that are used again are multiples of this. */
+const LENT_STEP = 8 * 1024
+/** Larger ones are not used again, and no more are kept than take this together. */
+const MAX_LENT_BYTES = 256 * 1024
+const MAX_KEPT_BYTES = 4 * 1024 * 1024
+
+/**
+ * Buffers for large frames, used again once HTTP/2 has handed them to the socket. To have a new one of 35 KB from the system,
+ * page by page, costs more than to fill it (docs/performance.md). One that is not given back is garbage as any.
+ */
+class Frames {
+  /** By their sizes, in steps. */
+  readonly #free: Buffer[][] = Array.from({ length: MAX_LENT_BYTES / LENT_STEP + 1 }, () => [])
+  #keptBytes = 0
+
+  /** A buffer of at least so many bytes, and hardly more. */
+  lend(bytes: number): Buffer {
+    const steps = Math.ceil(bytes / LENT_STEP)
+    const free = this.#free[steps]?.pop()
+    if (free === undefined) return Buffer.allocUnsafeSlow(steps * LENT_STEP)
+    this.#keptBytes -= free.byteLength
+    return free
+  }
+
+  giveBack(buffer: Buffer): void {
+    if (this.#keptBytes + buffer.byteLength > MAX_KEPT_BYTES) return
+    const free = this.#free[buffer.byteLength / LENT_STEP]
+    if (free === undefined) return
+    free.push(buffer)
+    this.#keptBytes += buffer.byteLength
+  }
+}
+
+const FRAMES = new Frames()
 
 /** What a writer keeps for the next message. */
 const KEPT_BYTES = 256 * 1024
@@ -39,13 +96,35 @@ const KEPT_BYTES = 256 * 1024
  * each: it costs a sixth of what a writer costs that begins small and grows. Values are not left out when they are zero.
  */
 export class FieldWriter {
-  #bytes = Buffer.alloc(0)
+  #bytes: Buffer = NOTHING
   #at = 0
 
   /** Begins a message that takes so many bytes at most. */
   start(maxBytes: number): this {
     if (maxBytes > this.#bytes.byteLength) this.#bytes = Buffer.allocUnsafeSlow(maxBytes)
     this.#at = 0
+    return this
+  }
+
+  /** Begins a frame of a message that takes so many bytes at most, in a buffer that is lent. `finishLent` ends it. */
+  startLent(maxBytes: number): this {
+    this.#bytes = FRAMES.lend(PREFIX_BYTES + maxBytes)
+    this.#at = PREFIX_BYTES
+    return this
+  }
+
+  /** The frame. The writer has no buffer any more. */
+  finishLent(): Framed {
+    const lent = this.#bytes
+    lent[0] = 0
+    lent.writeUInt32BE(this.#at - PREFIX_BYTES, 1)
+    this.#bytes = NOTHING
+    return new Framed(lent.subarray(0, this.#at), lent)
+  }
+
+  /** Takes back what was written after the first so many bytes. */
+  rewind(length: number): this {
+    this.#at = length
     return this
   }
 
@@ -83,11 +162,7 @@ export class FieldWriter {
 
   /** What another writer has written, as a message. */
   message(field: number, other: FieldWriter): this {
-    const { length } = other
-    this.header(field, length)
-    for (let i = 0; i < length; i++) this.#bytes[this.#at + i] = other.#bytes[i] ?? 0
-    this.#at += length
-    return this
+    return this.header(field, other.length).rawPart(other.#bytes, 0, other.length)
   }
 
   /** Begins a message that will be shorter than 128 bytes. */
@@ -105,6 +180,15 @@ export class FieldWriter {
   header(field: number, length: number): this {
     this.#bytes[this.#at++] = (field << 3) | LENGTH_DELIMITED
     this.#varint(length)
+    return this
+  }
+
+  /** Short fields that are encoded already, from `from` up to `to`. */
+  rawPart(fields: Uint8Array, from: number, to: number): this {
+    const bytes = this.#bytes
+    let at = this.#at
+    for (let i = from; i < to; i++) bytes[at++] = fields[i] as number
+    this.#at = at
     return this
   }
 
@@ -138,22 +222,25 @@ export class FieldWriter {
   }
 
   #shrink(): void {
-    if (this.#bytes.byteLength > KEPT_BYTES) this.#bytes = Buffer.alloc(0)
+    if (this.#bytes.byteLength > KEPT_BYTES) this.#bytes = NOTHING
   }
 
   #varint(value: number): void {
+    const bytes = this.#bytes
+    let at = this.#at
     let rest = value
     if (value > 0x7fff_ffff) {
       // Four groups at once, of what bit operations can hold.
       rest = Math.floor(value / 2 ** 28)
       const low = value - rest * 2 ** 28
-      for (let shift = 0; shift < 28; shift += 7) this.#bytes[this.#at++] = (low >>> shift) | 0x80
+      for (let shift = 0; shift < 28; shift += 7) bytes[at++] = (low >>> shift) | 0x80
     }
     while (rest > 0x7f) {
-      this.#bytes[this.#at++] = (rest & 0x7f) | 0x80
+      bytes[at++] = (rest & 0x7f) | 0x80
       rest >>>= 7
     }
-    this.#bytes[this.#at++] = rest
+    bytes[at++] = rest
+    this.#at = at
   }
 }
 

@@ -134,6 +134,11 @@ export class Loader {
     return this.#tick
   }
 
+  /** Whether every key goes through the caches. */
+  get cachesAll(): boolean {
+    return this.#options.rolloutPercent >= 100
+  }
+
   /** Whether a key goes through the caches. */
   isCached(tenant: string, id: string): boolean {
     return isInShare(tenant, id, this.#options.rolloutPercent)

@@ -94,6 +94,10 @@ const KEY = 0
 const OWNER = 1
 const VALUE = 2
 
+/** Marks a unit of two characters, so that it is none of one. */
+const PAIR = 0x1_0000
+/** Of the index, for each slot: a bucket costs 4 bytes, and a look into the record of another key a cache miss. */
+const BUCKETS = 4
 const FIRST_CAPACITY = 16
 const MAX_ENTRIES = 100_000_000
 /** What a cell of the typed array of costs can hold. */
@@ -130,6 +134,8 @@ export class Lru<V> {
   #missedKey = ''
   #missedOwner = ''
   #missedHash = 0
+  /** By `findAscii`. */
+  #found = NONE
   /** The first of the slots that were given back, linked through `next`. */
   #free = NONE
 
@@ -206,6 +212,23 @@ export class Lru<V> {
     this.stale = nowMs >= (floats[slot * FLOATS + SOFT_UNTIL] as number)
     this.#touch(slot)
     return this.#parts[slot * PARTS + VALUE] as V
+  }
+
+  /**
+   * The living value of a key of which all characters are ASCII, from where it lies in `bytes`: no string is made of it. As
+   * `peek`, until `foundIsHit` says otherwise.
+   */
+  findAscii(bytes: Uint8Array, from: number, to: number, owner: string, nowMs: number): V | undefined {
+    const slot = this.#findAscii(bytes, from, to, owner)
+    if (slot === NONE || nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) return undefined
+    this.#found = slot
+    return this.#parts[slot * PARTS + VALUE] as V
+  }
+
+  /** What `findAscii` has just found becomes the most recent entry, and counts as a hit. */
+  foundIsHit(): void {
+    this.#hits += 1
+    this.#touch(this.#found)
   }
 
   /** As `get`, but changes neither the order nor the statistics, and removes nothing. */
@@ -347,23 +370,45 @@ export class Lru<V> {
     }
   }
 
-  /** Mixes after every unit, so that no two keys collide for all seeds. 30 bits are a small integer in every engine. */
+  /**
+   * Mixes after every unit, so that no two keys collide for all seeds; a unit is a UTF-16 code unit, or two that are a byte
+   * each. 30 bits are a small integer in every engine.
+   */
   #hash(key: string, owner: string): number {
+    return this.#mix(this.#hashOfOwner(owner), key) & 0x3fff_ffff
+  }
+
+  #hashOfOwner(owner: string): number {
     if (owner !== this.#lastOwner) {
       this.#lastOwner = owner
       this.#ownerHash = this.#mix(this.#seed, owner)
     }
-    return this.#mix(this.#ownerHash, key) & 0x3fff_ffff
+    return this.#ownerHash
   }
 
   #mix(from: number, text: string): number {
     const multiplier = this.#multiplier
+    const { length } = text
     let hash = from
-    for (let at = 0; at < text.length; at += 1) {
-      hash = Math.imul(hash ^ text.charCodeAt(at), multiplier)
-      hash ^= hash >>> 15
+    let at = 0
+    for (; at + 1 < length; at += 2) {
+      const first = text.charCodeAt(at)
+      const second = text.charCodeAt(at + 1)
+      if ((first | second) > 0xff) hash = mixed(mixed(hash, first, multiplier), second, multiplier)
+      else hash = mixed(hash, PAIR | first | (second << 8), multiplier)
     }
-    return hash
+    return at < length ? mixed(hash, text.charCodeAt(at), multiplier) : hash
+  }
+
+  /** As `#mix` of the text of these characters. */
+  #mixAscii(from: number, bytes: Uint8Array, start: number, end: number): number {
+    const multiplier = this.#multiplier
+    let hash = from
+    let at = start
+    for (; at + 1 < end; at += 2) {
+      hash = mixed(hash, PAIR | (bytes[at] as number) | ((bytes[at + 1] as number) << 8), multiplier)
+    }
+    return at < end ? mixed(hash, bytes[at] as number, multiplier) : hash
   }
 
   #find(key: string, owner: string, hash: number): number {
@@ -375,6 +420,24 @@ export class Lru<V> {
       slot !== NONE &&
       (words[slot * WORDS + HASH] !== hash ||
         parts[slot * PARTS + KEY] !== key ||
+        parts[slot * PARTS + OWNER] !== owner)
+    ) {
+      slot = words[slot * WORDS + CHAIN] as number
+    }
+    return slot
+  }
+
+  /** As `#find` for the text of these characters. */
+  #findAscii(bytes: Uint8Array, from: number, to: number, owner: string): number {
+    const hash = this.#mixAscii(this.#hashOfOwner(owner), bytes, from, to) & 0x3fff_ffff
+    const words = this.#words
+    const buckets = this.#buckets
+    const parts = this.#parts
+    let slot = buckets[hash & (buckets.length - 1)] as number
+    while (
+      slot !== NONE &&
+      (words[slot * WORDS + HASH] !== hash ||
+        !isText(parts[slot * PARTS + KEY] as string, bytes, from, to) ||
         parts[slot * PARTS + OWNER] !== owner)
     ) {
       slot = words[slot * WORDS + CHAIN] as number
@@ -553,6 +616,18 @@ export class Lru<V> {
     this.#floats = new Float64Array(this.#words.buffer)
     this.#costs = new Uint32Array(capacity + 1)
     if (this.#hasShares) this.#owned = new Uint32Array((capacity + 1) * OWNED_WORDS)
-    this.#buckets = new Uint32Array(2 ** Math.ceil(Math.log2(capacity)))
+    this.#buckets = new Uint32Array(BUCKETS * 2 ** Math.ceil(Math.log2(capacity)))
   }
+}
+
+/** A hash with one more unit. A unit has 17 bits: of one with more, the highest would not be mixed with anything. */
+function mixed(hash: number, unit: number, multiplier: number): number {
+  const product = Math.imul(hash ^ unit, multiplier)
+  return product ^ (product >>> 15)
+}
+
+function isText(text: string, bytes: Uint8Array, from: number, to: number): boolean {
+  if (text.length !== to - from) return false
+  for (let at = 0; at < text.length; at += 1) if (text.charCodeAt(at) !== bytes[from + at]) return false
+  return true
 }

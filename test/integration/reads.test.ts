@@ -1,15 +1,20 @@
+import { once } from 'node:events'
+import { constants } from 'node:http2'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { fromBinary } from '@bufbuild/protobuf'
 import { status } from '@grpc/grpc-js'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import {
   CacheOutcome,
   Freshness,
+  ItemCacheService,
   ItemSource,
   SkipReason,
   StaleReason,
   Tier,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
+import { CallerConnection } from '../support/http2-calls.ts'
 import { freshDatabase, freshPostgres, freshRedis } from '../support/servers.ts'
 import { startService, type TestService } from '../support/service.ts'
 import { unlessStalled } from '../support/stalls.ts'
@@ -187,6 +192,79 @@ describe('a batch', () => {
     expect(tiers.postgres.latency.count).toBe(1)
     expect(tiers.redis.latency.count).toBe(1)
     expect(loads).toBe(500)
+  })
+
+  test('that wishes for nothing is answered, and counted, as one that says so', async () => {
+    await using service = await startService({
+      env: { ITEMCACHE_FRESH_FOR: '1h', ITEMCACHE_NEGATIVE_TTL: '1h', ITEMCACHE_MAX_STALE: '2h' },
+    })
+    const others = Array.from({ length: 30 }, (_, n) => `other-${n}`)
+    for (const id of ['Füße', ...others]) {
+      await service.client.call('createItem', { item: { id, description: id.repeat(200) } })
+    }
+    // Hits alone; hits and what is known to be absent; ids that are not ASCII; each of them twice.
+    for (const ids of [['1', '2', ...others], ['1', 'absent', '2'], ['1', 'Füße'], ['absent'], ['2', '2']]) {
+      const ask = async (options?: object) => {
+        const before = service.app.metrics.snapshot().tiers.memory
+        const reads = { ...service.app.metrics.tiers.memory.reads }
+        const { results } = await service.client.call('batchGetItems', { ids, ...(options && { options }) })
+        const after = service.app.metrics.snapshot().tiers.memory
+        return {
+          results: results.map(({ id, result, cache }) => ({
+            ...{ id, result, tier: cache?.tier, outcome: cache?.outcome, asOf: cache?.asOf },
+            ...{ age: cache?.age !== undefined, fresh: cache?.freshFor !== undefined },
+          })),
+          hits: after.hits - before.hits,
+          misses: after.misses - before.misses,
+          HIT: service.app.metrics.tiers.memory.reads.HIT - reads.HIT,
+          NEGATIVE_HIT: service.app.metrics.tiers.memory.reads.NEGATIVE_HIT - reads.NEGATIVE_HIT,
+        }
+      }
+      await unlessStalled(async () => {
+        await service.client.call('batchGetItems', { ids })
+        const wished = await ask({})
+        expect(wished).toMatchObject({ hits: ids.length, misses: 0 })
+        expect(await ask()).toEqual(wished)
+      })
+    }
+  })
+
+  test('has its own items, however many are answered at once, taken slowly, and given up', async () => {
+    await using service = await startService({
+      env: { ITEMCACHE_FRESH_FOR: '1h', ITEMCACHE_MAX_STALE: '2h' },
+    })
+    const all = Array.from({ length: 60 }, (_, n) => ({ id: `item-${n}`, title: `${n} `.repeat(1000) }))
+    for (const item of all) await service.client.call('createItem', { item })
+    const { output } = ItemCacheService.method.batchGetItems
+    for (let round = 0; round < 4; round++) {
+      using connection = new CallerConnection(service.address)
+      // More than a connection's window together, and more than a stream's each.
+      const batches = Array.from({ length: 20 }, (_, n) => {
+        const items = all.map((_, i) => all[(7 * i + n + round) % all.length] ?? { id: '', title: '' })
+        return {
+          items,
+          stream: connection.open('batchGetItems', { ids: items.map(({ id }) => id) }, 'default'),
+        }
+      })
+      // Some of them have begun to come when they are given up.
+      const given = batches.filter((_, n) => n % 4 === 3)
+      await Promise.all(
+        given.map(async ({ stream }) => {
+          await once(stream, 'readable')
+          stream.close(constants.NGHTTP2_CANCEL)
+        }),
+      )
+      await Promise.all(
+        batches.map(async ({ items, stream }, n) => {
+          if (n % 4 === 3) return
+          const bytes = Buffer.concat(await stream.toArray())
+          const { results } = fromBinary(output, bytes.subarray(5))
+          expect(results.map(({ id, result }) => [id, result.value])).toMatchObject(
+            items.map((item) => [item.id, item]),
+          )
+        }),
+      )
+    }
   })
 
   test('lets a slow item fail alone, before the caller’s deadline', async () => {

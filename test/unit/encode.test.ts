@@ -12,6 +12,7 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import {
+  BatchGetItemsRequestSchema,
   BatchGetItemsResponseSchema,
   type BatchGetItemsResultSchema,
   CacheOutcome,
@@ -29,6 +30,7 @@ import {
   UpdateItemResponseSchema,
 } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { READ_OUTCOMES, TIER_NAMES } from '../../src/observe/metrics.ts'
+import { BatchRequest } from '../../src/rpc/batch-request.ts'
 import {
   type BatchResult,
   cacheStatus,
@@ -37,12 +39,15 @@ import {
   encodeItemError,
   encodeList,
   encodePage,
+  encodePlainHits,
   encodeStreamFailure,
   encodeStreamItem,
   encodeWritten,
   type GetItemResult,
   masked,
 } from '../../src/rpc/encode.ts'
+import { Malformed } from '../../src/rpc/service-definition.ts'
+import { FieldWriter } from '../../src/rpc/wire.ts'
 import type { Answer } from '../../src/service/read.ts'
 import type { Copy } from '../../src/tiers/tier.ts'
 
@@ -250,6 +255,53 @@ describe('a response that is put together by hand is the one that the generated 
     )
   })
 
+  test('of a BatchGetItems of plain hits: byte by byte what any batch with these answers has', () => {
+    const id = fc.string({ unit: 'grapheme-ascii', minLength: 1, maxLength: 127 })
+    const content = fc.oneof(
+      fc.uint8Array({ maxLength: 200 }),
+      fc.nat(255).map((byte) => new Uint8Array(5000).fill(byte)),
+    )
+    // Copies of one SELECT have one time, so equal ones are frequent.
+    const times = fc.oneof(fc.constantFrom(0, NOW_MS - 1.5, NOW_MS), time)
+    const hit = fc.record({
+      id,
+      asOf: revision,
+      bytes: content,
+      at: times,
+      until: times,
+    })
+    let lent = 0
+    fc.assert(
+      fc.property(fc.array(hit, { minLength: 1, maxLength: 30 }), (hits) => {
+        const ids = hits.map((one) => one.id)
+        const copies = hits.map(
+          ({ id, asOf, bytes, at, until }): Copy => ({
+            ...{ id, asOf, bytes, revision: 1, tags: [] },
+            ...{ verifiedAtMs: at, freshUntilMs: until },
+          }),
+        )
+        const answers = copies.map(
+          (copy): Answer => ({
+            ...{ copy, tier: 'memory', outcome: 'HIT' },
+            ...{ staleReason: undefined, coalesced: false, skipped: [] },
+          }),
+        )
+        const message = Buffer.from(
+          toBinary(BatchGetItemsRequestSchema, create(BatchGetItemsRequestSchema, { ids })),
+        )
+        const asciiIds = new BatchRequest(message, () => new Malformed('not asked')).asciiIds()
+        if (asciiIds === undefined) throw new Error('the ids are ASCII')
+        const frame = encodePlainHits(asciiIds, copies, NOW_MS)
+        expect(frame.bytes).toEqual(encodeBatch(ids, answers, undefined, NOW_MS).bytes)
+        if (frame.isLent) lent++
+        // The next one may have this one's buffer.
+        frame.sent(null)
+      }),
+      { numRuns: 300 },
+    )
+    expect(lent).toBeGreaterThan(20)
+  })
+
   test('of ListItems', () => {
     fc.assert(
       fc.property(fc.array(item, { maxLength: 5 }), text, answer, (items, token, from) => {
@@ -271,6 +323,44 @@ describe('a response that is put together by hand is the one that the generated 
         }
       }),
     )
+  })
+})
+
+describe('a large answer', () => {
+  const frame = (text: string) =>
+    new FieldWriter()
+      .startLent(20_000)
+      .string(1, text.repeat(20_000 / text.length))
+      .finishLent()
+
+  test('has a buffer that nobody else gets before it has been sent, nor when it could not be', () => {
+    const [first, second] = [frame('a'), frame('b')]
+    const [a, b] = [Buffer.from(first.bytes), Buffer.from(second.bytes)]
+    expect(first.bytes.buffer).not.toBe(second.bytes.buffer)
+    first.sent(new Error('the stream was closed'))
+    const third = frame('c')
+    expect(third.bytes.buffer).not.toBe(first.bytes.buffer)
+    expect([first.bytes, second.bytes]).toEqual([a, b])
+    second.sent(undefined)
+    expect(frame('d').bytes.buffer).toBe(second.bytes.buffer)
+  })
+
+  test('leaves buffers of at most 4 MiB in all for the next ones', () => {
+    const frames = () =>
+      Array.from({ length: 40 }, () => new FieldWriter().startLent(200_000).string(1, 'a').finishLent())
+    const first = frames()
+    for (const one of first) one.sent(null)
+    const known = new Set(first.map((one) => one.bytes.buffer))
+    const again = frames().filter((one) => known.has(one.bytes.buffer))
+    expect(again.length).toBeGreaterThan(0)
+    expect(again.reduce((sum, one) => sum + one.heldBytes, 0)).toBeLessThanOrEqual(4 * 1024 * 1024)
+  })
+
+  test('counts as much as its buffer has, and is as long as what was written', () => {
+    const one = frame('a')
+    expect(one.byteLength).toBe(20_004)
+    expect(one.message).toHaveLength(20_004)
+    expect(one.heldBytes).toBe(one.bytes.buffer.byteLength)
   })
 })
 

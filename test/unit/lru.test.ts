@@ -1,5 +1,6 @@
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
+import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { Lru, type LruOptions } from '../../src/tiers/lru.ts'
 
@@ -314,4 +315,56 @@ test('two owners may have the same key, also when the hashes of both are the sam
   lru.set('key', 1, 1, 9, 9, 'ab')
   lru.set('key', 2, 1, 9, 9, 'ba')
   expect([lru.get('key', 'ab'), lru.get('key', 'ba'), lru.get('key')]).toEqual([1, 2, undefined])
+})
+
+describe('a key that is found by its bytes', () => {
+  const text = fc.string({ unit: 'grapheme-ascii', maxLength: 12 })
+  const find = (lru: Lru<string>, key: string, owner: string, nowMs: number, before = 'x', after = 'y') => {
+    const bytes = Buffer.from(before + key + after)
+    return lru.findAscii(bytes, before.length, before.length + key.length, owner, nowMs)
+  }
+
+  test('is the one that is found by its text, with the same order and the same counts after a hit', () => {
+    const key = fc.constantFrom('a', 'b', 'ab', 'ba', 'key-1', 'key-2', '~ ~', '')
+    const owner = fc.constantFrom('', 'one', 'two')
+    const access = fc.record({ key, owner, nowMs: fc.nat(20), set: fc.boolean() })
+    fc.assert(
+      fc.property(fc.array(access, { maxLength: 60 }), (accesses) => {
+        const [byText, byBytes] = [lruAt({ ms: 0 }), lruAt({ ms: 0 })]
+        for (const [n, { key, owner, nowMs, set }] of accesses.entries()) {
+          if (set) for (const lru of [byText, byBytes]) lru.set(key, `${n}`, 1, 10, 15, owner)
+          const expected = byText.peek(key, owner) !== undefined && nowMs < 15
+          const found = find(byBytes, key, owner, nowMs)
+          if (expected) {
+            expect(found).toBe(byText.get(key, owner, nowMs))
+            byBytes.foundIsHit()
+          } else expect(found).toBeUndefined()
+          expect(byBytes.entries()).toEqual(byText.entries())
+          expect(byBytes.stats()).toEqual(byText.stats())
+        }
+      }),
+    )
+  })
+
+  test('is no other key, however alike they are', () => {
+    fc.assert(
+      fc.property(fc.uniqueArray(text, { minLength: 2, maxLength: 40 }), ([missing = '', ...keys]) => {
+        const lru = lruAt({ ms: 0 }, { maxEntries: 100 })
+        for (const key of keys) lru.set(key, key, 1)
+        expect(find(lru, missing, '', 0)).toBeUndefined()
+        for (const key of keys) expect(find(lru, key, '', 0)).toBe(key)
+        expect(find(lru, keys[0] ?? '', 'another', 0)).toBeUndefined()
+      }),
+    )
+  })
+
+  test('counts, moves and removes nothing when it is not taken for a hit', () => {
+    const lru = lruAt({ ms: 0 })
+    for (const key of ['a', 'b']) lru.set(key, key, 1, 10, 20)
+    expect(find(lru, 'a', '', 5)).toBe('a')
+    expect(find(lru, 'a', '', 20)).toBeUndefined()
+    expect(find(lru, 'c', '', 5)).toBeUndefined()
+    expect(keysOf(lru)).toEqual(['b', 'a'])
+    expect(lru.stats()).toMatchObject({ hits: 0, misses: 0, expirations: 0, entries: 2 })
+  })
 })
