@@ -10,6 +10,7 @@ import { Tail } from '../../src/invalidation/tail.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import type { LogEntry, Revision } from '../../src/tiers/tier.ts'
+import { watched } from '../support/watched.ts'
 import { newTenant, openStore, type Store } from './postgres-fixture.ts'
 
 let store: Store
@@ -58,7 +59,8 @@ class Bed implements AsyncDisposable {
   }
 
   watch(request: Partial<WatchRequest> = {}) {
-    return this.subscriptions.watch(
+    return watched(
+      this.subscriptions,
       {
         tenant: this.tenant,
         resumeAfter: undefined,
