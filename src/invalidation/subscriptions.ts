@@ -2,8 +2,8 @@
  * Subscriptions: the log of a tenant as streams, one for each watcher.
  *
  * A watcher is a **cursor**, never a queue: it is asked for its next message only when it has taken the last one. While
- * it keeps up it is served from the tenant's **ring** of newest rows; when it falls behind the ring, from
- * PostgreSQL; and what PostgreSQL no longer holds it is told of as a **gap**. So a watcher that never reads
+ * it keeps up it is served from the tenant's **ring** of newest rows, as soon as there is a row; when it falls behind the
+ * ring, from PostgreSQL; and what PostgreSQL no longer holds it is told of as a **gap**. So a watcher that never reads
  * costs what its cursor costs.
  *
  * What a watcher may rely on: `started` comes first; revisions come in order, each once, a row never split; a heartbeat

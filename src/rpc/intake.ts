@@ -378,7 +378,7 @@ class Call implements CallOwner {
   readonly #intake: Intake
   /** What grpc-js made of it; `undefined` while it has not. */
   taken: ServerInterceptingCallInterface | undefined
-  /** What was made of it here. */
+  /** What was made of it here: a unary call, or a server stream. */
   unary: UnaryCall | undefined
   /** It has been answered without its handler, and what still comes is dropped. */
   refused = false
