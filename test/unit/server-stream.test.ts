@@ -138,6 +138,7 @@ test('a large message counts as unsent until it has left, or its reader has, and
   expect(unsent.bytes).toBe(200_000)
   call.leave()
   call.close()
+  expect(unsent.bytes).toBe(0)
   call.take(new Error('closed'))
   expect(unsent.bytes).toBe(0)
   expect(fed.disposed).toBe(1)
