@@ -67,3 +67,25 @@ export function floorTags(item: Pick<ItemDraft, 'tags' | 'category'>): readonly 
   if (item.category === '' || item.tags.includes(item.category)) return item.tags
   return [...item.tags, item.category]
 }
+
+/** Of an item's fields besides its texts. */
+const FIELDS_BYTES = 256
+/** In front of a tag. */
+const TAG_BYTES = 8
+
+/**
+ * As many bytes as an item may take when it is encoded, or more: a character is three bytes at most, and what is two
+ * characters of JSON (`1,`) eleven bytes of an attribute.
+ */
+export function mostItemBytes({
+  title,
+  description,
+  category,
+  imageUri,
+  tags,
+  attributes,
+}: ItemDraft): number {
+  const texts = title.length + description.length + category.length + imageUri.length + LIMITS.idBytes
+  const ofAttributes = attributes === undefined ? 0 : 8 * JSON.stringify(attributes).length
+  return tags.reduce((sum, tag) => sum + 3 * tag.length + TAG_BYTES, FIELDS_BYTES + 3 * texts + ofAttributes)
+}

@@ -94,6 +94,13 @@ export class RequestLog {
     return --this.#hitsLeft <= 0 || durationMs >= this.#options.slowMs
   }
 
+  /** Whether a line of such a call may be written at all: most services want no more than warnings. */
+  wants(code: string, durationMs: number, isStream: boolean): boolean {
+    const { log, slowMs } = this.#options
+    if (log.isLevelEnabled('info')) return true
+    return log.isLevelEnabled('warn') && (FAULTS.has(code) || (!isStream && durationMs >= slowMs))
+  }
+
   write(line: RequestLine, isHit: boolean, isStream: boolean): void {
     const { log, slowMs } = this.#options
     const slow = !isStream && line.duration_ms >= slowMs

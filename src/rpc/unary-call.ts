@@ -148,7 +148,7 @@ export class UnaryCall {
   reply(reply: Reply): void {
     if (!this.#mayAnswer()) return
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
-    this.#stream.once('wantTrailers', sendOk)
+    this.#stream.on('wantTrailers', sendOk)
     this.#stream.end(frameOf(reply))
   }
 

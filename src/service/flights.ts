@@ -5,7 +5,7 @@
  * wait for a burst that is still coming in. It goes on for as long as somebody waits for it: a reader, until its own deadline, or nobody in particular, for a bounded time, when a stale
  * answer has been given already. The last one to leave cancels it, and with the last flight of a group the group.
  */
-import { randomBytes } from 'node:crypto'
+import { randomUUID } from 'node:crypto'
 import { ItemCacheError } from '../errors.ts'
 import type { Trace } from '../observe/tracing.ts'
 import type { Copy, SkipReason, Snapshot, TierName, TierSpan } from '../tiers/tier.ts'
@@ -102,7 +102,7 @@ export class Flight {
 
   /** What sets this flight's lock apart from those of all others. */
   get token(): string {
-    this.#token ??= randomBytes(16).toString('base64url')
+    this.#token ??= randomUUID()
     return this.#token
   }
 

@@ -35,7 +35,7 @@ import {
 } from './flights.ts'
 import { Loader, type LoaderOptions, type LoaderParts, stamp } from './load.ts'
 import type { Probe } from './probe.ts'
-import { walked } from './walk.ts'
+import { type Traced, walked } from './walk.ts'
 
 /** How fresh an answer must be. */
 export interface ReadOptions {
@@ -147,6 +147,27 @@ export class Reader {
     return answers
   }
 
+  /** Brings an item into memory, from wherever it is. Counts as no read; throws only what ends the signal. */
+  async recall(tenant: string, id: string, signal: AbortSignal, trace?: Trace): Promise<void> {
+    if (!this.#parts.memory.enabled || !this.#loader.isCached(tenant, id)) return
+    try {
+      const { flight, joined } = this.#flights.join(tenant, id, 'cached', {})
+      if (trace !== undefined) board(trace, flight, 'cached', joined)
+      using _waiting = flight.board()
+      await untilAborted(flight.result.promise, signal)
+    } catch {
+      // Whoever wants the item finds out why there is none.
+      signal.throwIfAborted()
+    }
+  }
+
+  /** An item's bytes as memory has them, if that is what is current. Counts as no read. */
+  known(tenant: string, id: string): Uint8Array | undefined {
+    const copy = this.#parts.memory.peek(tenant, id)
+    const isCurrent = copy !== undefined && this.#parts.tail.view(tenant)?.judge(copy) === 'current'
+    return isCurrent ? copy.bytes : undefined
+  }
+
   /** The answer for one item, from whichever tier has it. Throws `ItemCacheError`. */
   async read(tenant: string, id: string, options: ReadOptions, signal: AbortSignal): Promise<Answer> {
     return this.hit(tenant, id, options) ?? this.load(tenant, id, options, signal)
@@ -203,8 +224,8 @@ export class Reader {
    * Stored iff it passes: puts copies, stamped, into memory, and into Redis without waiting for it.
    * Returns the copies as they were stored; those that did not pass as they were.
    */
-  async keep(tenant: string, copies: readonly Copy[], trace?: Trace): Promise<readonly Copy[]> {
-    return (await this.#loader.keep(tenant, copies, [{ trace }])).kept
+  async keep(tenant: string, copies: readonly Copy[], traced: readonly Traced[]): Promise<readonly Copy[]> {
+    return (await this.#loader.keep(tenant, copies, traced)).kept
   }
 
   /** How much of what can grow there is now. */
@@ -422,23 +443,28 @@ export class Reader {
     const instead = (why: Why) =>
       this.#staleInstead(tenant, flight.id, options, flight, { ...why, coalesced: joined })
     if (!options.allowStale || options.freshness === 'FRESH') return await untilAborted(promise, signal)
-    const { promise: late, resolve: isLate } = Promise.withResolvers<undefined>()
-    const timer = setTimeout(isLate, this.#options.softTimeoutMs, undefined)
+    // What comes first: the flight's end, the soft timeout (`undefined`), or the signal's.
+    const { promise: first, resolve, reject } = Promise.withResolvers<Landed | undefined>()
+    const timer = setTimeout(resolve, this.#options.softTimeoutMs, undefined)
+    const leave = () => reject(signal.reason)
+    signal.addEventListener('abort', leave, { once: true })
+    if (signal.aborted) leave()
+    promise.then(resolve, reject)
     // While polls fail there is little to wait for once the caches have been asked. But PostgreSQL may answer all the
     // same: a copy whose content is known to have changed is served only when it has not in time.
     const down = this.#parts.tail.failing
     try {
       if (down) {
-        const first = await untilAborted(Promise.race([promise, flight.cachesAsked.promise, late]), signal)
-        if (first !== undefined) return first
+        const landed = await Promise.race([first, flight.cachesAsked.promise])
+        if (landed !== undefined) return landed
         const stale = instead({ reason: 'TIER_DOWN' })
         if (stale !== undefined) {
           this.#goOn(flight)
           return stale
         }
       }
-      const first = await untilAborted(Promise.race([promise, late]), signal)
-      if (first !== undefined) return first
+      const landed = await first
+      if (landed !== undefined) return landed
       const stale = instead({ reason: down ? 'TIER_DOWN' : 'SOFT_TIMEOUT', supersededToo: down })
       if (stale === undefined) return await untilAborted(promise, signal)
       this.#goOn(flight)
@@ -452,6 +478,7 @@ export class Reader {
       throw error
     } finally {
       clearTimeout(timer)
+      signal.removeEventListener('abort', leave)
     }
   }
 

@@ -9,14 +9,16 @@
  * An id that PostgreSQL has never seen is loaded from the origin first, so that a create of an item of the
  * catalogue is refused, and an update of one keeps what the catalogue says of the other fields.
  */
+import { decodeItem } from '../codec.ts'
 import { ItemCacheError } from '../errors.ts'
-import { notAppliedYet, type Tail } from '../invalidation/tail.ts'
+import { notAppliedYet, type Tail, untilAborted } from '../invalidation/tail.ts'
 import type { LogRow } from '../invalidation/view.ts'
-import type { ItemDraft } from '../item.ts'
+import { etagOf, type ItemDraft, mostItemBytes } from '../item.ts'
 import type { TierOperation, Trace } from '../observe/tracing.ts'
 import type {
   InvalidationMode,
   InvalidationTarget,
+  KnownWrite,
   OriginTier,
   Revision,
   Snapshot,
@@ -24,8 +26,9 @@ import type {
   WriteContext,
   Written,
 } from '../tiers/tier.ts'
+import { GroupCommit } from './group-commit.ts'
 import type { Reader } from './read.ts'
-import { walked } from './walk.ts'
+import { walk, walked } from './walk.ts'
 
 /** A write by a caller, with the signal that ends when the caller stops waiting. */
 export interface Write extends WriteContext {
@@ -49,12 +52,30 @@ export interface WriterParts {
   readonly tail: Tail
 }
 
+/** An update of an item that memory has, on its way into a group commit. */
+interface KnownUpdate {
+  readonly write: Write
+  readonly id: string
+  readonly requestId: string
+  readonly precondition: Precondition
+  readonly change: (current: ItemDraft | undefined) => ItemDraft
+  /** `undefined`: nothing was written, since the item is not what memory knows. */
+  readonly done: PromiseWithResolvers<Written | undefined>
+}
+
+/** Larger items are written one by one. */
+const MAX_GROUPED_BYTES = 16 * 1024
+/** Writes of a tenant that wait for a group commit; one more goes its own way, where it may be shed. */
+const MAX_WAITING = 1000
+
 /** The write operations of one instance. All throw `ItemCacheError`. */
 export class Writer {
   readonly #parts: WriterParts
+  readonly #updates: GroupCommit<KnownUpdate>
 
   constructor(parts: WriterParts) {
     this.#parts = parts
+    this.#updates = new GroupCommit((tenant, updates) => this.#commitKnown(tenant, updates))
   }
 
   async create(write: Write, id: string, draft: ItemDraft): Promise<Written> {
@@ -71,6 +92,8 @@ export class Writer {
     change: (current: ItemDraft | undefined) => ItemDraft,
   ): Promise<Written> {
     await this.#loadFirst(write, id)
+    const written = await this.#updateKnown({ write, id, precondition, change })
+    if (written !== undefined) return written
     return this.#acknowledge('postgres.update', write, (postgres, context) =>
       postgres.update(context, id, precondition, change),
     )
@@ -128,7 +151,7 @@ export class Writer {
       await reader.keep(
         write.tenant,
         known.map((snapshot) => reader.copyOf(snapshot, sentAtMs)),
-        write.trace,
+        [write],
       )
     }
     return revision
@@ -174,9 +197,84 @@ export class Writer {
     this.#raise(write.tenant, written.snapshot, written.revision, written.formerTags)
     // A replayed outcome is old news: others may have written since, so it is told but not kept.
     if (!written.replayed) {
-      await reader.keep(write.tenant, [reader.copyOf(written.snapshot, sentAtMs)], write.trace)
+      await reader.keep(write.tenant, [reader.copyOf(written.snapshot, sentAtMs)], [write])
     }
     return written
+  }
+
+  /**
+   * Updates an item that is what the caches know, in one commit with others. `undefined`: it is not, or they know nothing,
+   * and nothing was written.
+   */
+  async #updateKnown(update: Omit<KnownUpdate, 'requestId' | 'done'>): Promise<Written | undefined> {
+    const { write, id } = update
+    const { tenant, requestId, signal } = write
+    const { reader } = this.#parts
+    if (reader.known(tenant, id) === undefined) {
+      await reader.recall(tenant, id, signal, write.trace)
+      if (reader.known(tenant, id) === undefined) return undefined
+    }
+    if (this.#updates.waiting(tenant) >= MAX_WAITING) return undefined
+    const done = Promise.withResolvers<Written | undefined>()
+    this.#updates.add(tenant, { ...update, requestId, done })
+    return untilAborted(done.promise, signal)
+  }
+
+  /** Settles all of them. */
+  async #commitKnown(tenant: string, updates: readonly KnownUpdate[]): Promise<void> {
+    const { reader, postgres } = this.#parts
+    const sent: KnownUpdate[] = []
+    const writes: KnownWrite[] = []
+    for (const update of updates) {
+      const write = this.#knownWrite(tenant, update)
+      if (write === undefined) update.done.resolve(undefined)
+      else {
+        sent.push(update)
+        writes.push(write)
+      }
+    }
+    if (writes.length === 0) return
+    const traced = sent.map(({ write }) => write)
+    const sentAtMs = reader.now()
+    let written: ReadonlyMap<string, Written>
+    using replacing = walk('postgres.update', traced, writes.length)
+    try {
+      written = await postgres.replaceKnown(tenant, writes, replacing?.span)
+    } catch (error) {
+      replacing?.fail(error)
+      for (const { done } of sent) {
+        // What is refused of one must not take the others along.
+        if (isAboutContent(error)) done.resolve(undefined)
+        else done.reject(error)
+      }
+      return
+    }
+    replacing?.[Symbol.dispose]()
+    try {
+      for (const { snapshot, revision, formerTags } of written.values()) {
+        this.#raise(tenant, snapshot, revision, formerTags)
+      }
+      const copies = Array.from(written.values(), ({ snapshot }) => reader.copyOf(snapshot, sentAtMs))
+      await reader.keep(tenant, copies, traced)
+      for (const { id, done } of sent) done.resolve(written.get(id))
+    } catch (error) {
+      for (const { done } of sent) done.reject(error)
+    }
+  }
+
+  /** What an update makes of the item that memory knows by now. */
+  #knownWrite(tenant: string, { write, id, precondition, change }: KnownUpdate): KnownWrite | undefined {
+    const bytes = this.#parts.reader.known(tenant, id)
+    if (bytes === undefined || write.signal.aborted) return undefined
+    try {
+      const known = decodeItem(bytes)
+      if (precondition.etag !== '' && precondition.etag !== etagOf(known.revision)) return undefined
+      const draft = change(known)
+      return mostItemBytes(draft) > MAX_GROUPED_BYTES ? undefined : { write, known, draft }
+    } catch {
+      // Whether that is so of what is there now, whoever locks the row finds out.
+      return undefined
+    }
   }
 
   #raise(tenant: string, snapshot: Snapshot, revision: Revision, formerTags: readonly string[]): void {
@@ -190,6 +288,11 @@ export class Writer {
       tags: [...tags, ...formerTags],
     })
   }
+}
+
+/** Not that PostgreSQL is out of reach, which goes for all writes of a commit. */
+function isAboutContent(error: unknown): boolean {
+  return error instanceof ItemCacheError && ['invalid', 'conflict', 'internal'].includes(error.code)
 }
 
 /** The log row that an invalidation has written, as far as floors go. */

@@ -370,6 +370,8 @@ export class GuardedStore implements StoreTier, Disposable {
     this.#run('write', () => this.#store.refetched(...args))
   readonly create: StoreTier['create'] = (...args) => this.#run('write', () => this.#store.create(...args))
   readonly update: StoreTier['update'] = (...args) => this.#run('write', () => this.#store.update(...args))
+  readonly replaceKnown: StoreTier['replaceKnown'] = (...args) =>
+    this.#run('write', () => this.#store.replaceKnown(...args))
   readonly delete: StoreTier['delete'] = (...args) => this.#run('write', () => this.#store.delete(...args))
   readonly invalidate: StoreTier['invalidate'] = (...args) =>
     this.#run('write', () => this.#store.invalidate(...args))

@@ -122,6 +122,13 @@ export class MemoryTier implements CacheTier {
    * inside, use `set`, not `store`.
    */
   async exclusive<T>(tenant: string, section: () => Promise<T> | T): Promise<T> {
+    if (this.#locks.has(tenant)) return this.#locked(tenant, section)
+    // Nobody is inside or waits, and a section that does not wait itself is over before anybody else can begin.
+    const result = section()
+    return result instanceof Promise ? this.#locked(tenant, () => result) : result
+  }
+
+  async #locked<T>(tenant: string, section: () => Promise<T> | T): Promise<T> {
     let lock = this.#locks.get(tenant)
     if (lock === undefined) {
       lock = { mutex: new Mutex(), users: 0 }

@@ -19,12 +19,21 @@ import pg from 'pg'
 import { encodeItem } from '../codec.ts'
 import { ItemCacheError, itemNotFound } from '../errors.ts'
 import { TIMELINE_SPAN } from '../invalidation/view.ts'
-import { etagOf, floorTags, type ItemDraft, type ItemRecord, type JsonObject, LIMITS } from '../item.ts'
+import {
+  etagOf,
+  floorTags,
+  type ItemDraft,
+  type ItemRecord,
+  type JsonObject,
+  LIMITS,
+  mostItemBytes,
+} from '../item.ts'
 import { migrate } from './migrate.ts'
 import type {
   Inspection,
   InvalidationMode,
   InvalidationTarget,
+  KnownWrite,
   ListQuery,
   LogEntry,
   LogListener,
@@ -196,7 +205,8 @@ interface FromTenant {
   readonly scope: string
 }
 
-type DatedRow = FromTimeline & FromTenant & { readonly as_of: number } & (ItemRow | { readonly id: null })
+type LockedRow = FromTimeline & FromTenant & (ItemRow | { readonly id: null })
+type DatedRow = LockedRow & { readonly as_of: number }
 
 /** A row of the log; all of it is null where there is none. */
 interface LogLine extends FromTimeline {
@@ -224,6 +234,8 @@ interface OutcomeRow {
   readonly item: Uint8Array | null
   readonly tags: string[]
   readonly former_tags: string[]
+  /** The item is in the outcome, not in `item`. */
+  readonly recalled: boolean
 }
 
 const CONTENT = [
@@ -311,9 +323,12 @@ function listing(page: string): string {
     LEFT JOIN LATERAL (${page}) AS i ON true ORDER BY i.id`
 }
 
+/** One row, also where there is no item: it says who has answered, before anything is changed. */
 const LOCK_ITEM: Prepared = {
   name: 'lock',
-  text: `SELECT ${COLUMNS} FROM items i WHERE i.tenant = $1 AND i.id = $2 FOR UPDATE`,
+  text: `SELECT s.timeline, s.scope, ${COLUMNS} FROM (
+      SELECT itemcache_timeline_start() AS timeline, current_setting('itemcache.tenant', true) AS scope
+    ) AS s LEFT JOIN LATERAL (SELECT * FROM items WHERE tenant = $1 AND id = $2 FOR UPDATE) AS i ON true`,
 }
 
 /** In the order of ids, so that two of these never wait for each other. */
@@ -357,6 +372,14 @@ const REFETCH: Prepared = {
 const REFETCH_GONE: Prepared = {
   name: 'refetch-gone',
   text: blanking('ORIGIN', `i.revision = $3 AND i.source = 'ORIGIN' AND ${LOADING}`),
+}
+
+/** Nothing comes back of an item for which nothing was done, see `migrations/0005_replace_known.sql`. */
+const REPLACE_KNOWN: Prepared = {
+  name: 'replace-known',
+  text: `SELECT replaced.as_of, ${COLUMNS}
+    FROM itemcache_replace_known($1, $2, $3::jsonb) AS replaced
+    CROSS JOIN LATERAL (SELECT (replaced.item).*) AS i`,
 }
 
 const INVALIDATE: Prepared = {
@@ -442,8 +465,16 @@ const CLAIM_REQUEST: Prepared = {
 
 const FIND_REQUEST: Prepared = {
   name: 'request-find',
-  text: `SELECT fingerprint, revision, state, id, as_of, item_revision, item, tags, former_tags
+  text: `SELECT fingerprint, revision, state, id, as_of, item_revision, item, tags, former_tags,
+      outcome IS NOT NULL AS recalled
     FROM requests WHERE tenant = $1 AND request_id = $2`,
+}
+
+/** The item that `REPLACE_KNOWN` has left there. */
+const RECALL: Prepared = {
+  name: 'request-recall',
+  text: `SELECT r.as_of, ${COLUMNS} FROM requests r CROSS JOIN LATERAL jsonb_populate_record(NULL::items, r.outcome) AS i
+    WHERE r.tenant = $1 AND r.request_id = $2`,
 }
 
 const COMPLETE_REQUEST: Prepared = {
@@ -471,7 +502,21 @@ const EVERY_TENANT = ''
 
 type Statement = Prepared | string
 
-/** One checked-out connection. `broken` when its protocol state is not known: it is closed instead of reused. */
+interface Answer<Row> {
+  readonly rows: Row[]
+  /** How many it has changed. */
+  readonly rowCount: number | null
+}
+
+/** A statement with its values. */
+type Call = readonly [statement: Statement, values?: unknown[]]
+
+const BEGIN: Call = ['BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE']
+
+/**
+ * One checked-out connection. `broken` when its protocol state is not known: it is closed instead of reused. `open`: a
+ * transaction has begun whose COMMIT has not been sent.
+ */
 interface Session {
   readonly client: pg.PoolClient
   readonly purpose: 'read' | 'write'
@@ -480,6 +525,7 @@ interface Session {
   readonly signal: AbortSignal | undefined
   readonly traceparent: string | undefined
   broken: boolean
+  open: boolean
 }
 
 /** Throws `unavailable`, `timeout` or `cancelled` (by the signal) and `internal` besides what `StoreTier` names. */
@@ -666,11 +712,11 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
   }
 
   create(write: WriteContext, id: string, draft: ItemDraft): Promise<Written> {
-    return this.#writeItem(write, id, async (session, current) => {
+    return this.#writeItem(write, id, (current) => {
       if (current !== undefined && !current.deleted) {
         throw new ItemCacheError('already-exists', 'an item with this id exists', { id })
       }
-      return this.#put(session, write.tenant, id, draft, current)
+      return putting(write.tenant, id, draft, current)
     })
   }
 
@@ -680,9 +726,9 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     options: { readonly etag: string; readonly allowMissing: boolean },
     change: (current: ItemDraft | undefined) => ItemDraft,
   ): Promise<Written> {
-    return this.#writeItem(write, id, async (session, current) => {
+    return this.#writeItem(write, id, (current) => {
       const item = checkPrecondition(id, current, options)
-      return this.#put(session, write.tenant, id, change(item && recordOf(item)), current)
+      return putting(write.tenant, id, change(item && recordOf(item)), current)
     })
   }
 
@@ -691,10 +737,43 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     id: string,
     options: { readonly etag: string; readonly allowMissing: boolean },
   ): Promise<Written> {
-    return this.#writeItem(write, id, async (session, current) => {
-      if (checkPrecondition(id, current, options)) await this.#query(session, DELETE, [write.tenant, id])
-      return true
-    })
+    return this.#writeItem(
+      write,
+      id,
+      (current) => checkPrecondition(id, current, options) && [DELETE, [write.tenant, id]],
+    )
+  }
+
+  async replaceKnown(
+    tenant: string,
+    writes: readonly KnownWrite[],
+    span?: TierSpan,
+  ): Promise<ReadonlyMap<string, Written>> {
+    const objects = writes.map(({ write, known, draft }) => ({
+      ...draftJson(known.id, draft),
+      revision: known.revision,
+      former_tags: floorTags(known),
+      writer: write.clientId,
+      request_id: write.requestId,
+      fingerprint: write.fingerprint,
+    }))
+    const json = JSON.stringify(objects)
+    const rows = await this.#retrying(undefined, () =>
+      this.#withSession(this.#writers, 'write', tenant, undefined, span, async (session) => {
+        try {
+          return await this.#query<DatedRow>(session, REPLACE_KNOWN, [tenant, this.#timeline, json])
+        } catch (error) {
+          throw session.broken ? commitUnknown(error) : error
+        }
+      }),
+    )
+    const formerTags = new Map(writes.map(({ known }) => [known.id, floorTags(known)]))
+    return new Map(
+      Array.from(snapshotsOf([], rows), ([id, snapshot]) => {
+        const { revision } = snapshot
+        return [id, { snapshot, revision, replayed: false, formerTags: formerTags.get(id) ?? [] }]
+      }),
+    )
   }
 
   async outcomeOf(write: WriteContext): Promise<Revision | undefined> {
@@ -720,18 +799,19 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
         : target.kind === 'tags'
           ? ['TAGS_INVALIDATED', target.tags]
           : ['TENANT_INVALIDATED', []]
-    return this.#transact(write, async (session) => {
-      const former = await this.#claimRequest(session, write)
-      if (former !== undefined) return former.revision
-      const [row] = await this.#query<{ revision: number }>(session, INVALIDATE, [
-        write.tenant,
-        kind,
-        mode,
-        keys,
-      ])
-      if (row === undefined) throw new ItemCacheError('internal', 'the invalidation took no revision')
-      await this.#completeRequest(session, write, row.revision)
-      return row.revision
+    const invalidate: Call = [INVALIDATE, [write.tenant, kind, mode, keys]]
+    return this.#transact(write, async (session, opening) => {
+      let calls = [...opening, invalidate]
+      if (write.requestId !== '') {
+        const former = await this.#claimRequest(session, write, opening)
+        if (former !== undefined) return former.revision
+        calls = [invalidate]
+      }
+      const answers = await this.#together<{ revision: number }>(session, calls)
+      const { revision } = answers.at(-1)?.rows[0] ?? {}
+      if (revision === undefined) throw new ItemCacheError('internal', 'the invalidation took no revision')
+      if (write.requestId !== '') await this.#commit(session, [completing(write, revision)])
+      return revision
     })
   }
 
@@ -866,22 +946,34 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     clearTimeout(patience)
   }
 
-  /** One write of one item: replays the request, or locks the row, lets `apply` change it and reads it back. */
+  /**
+   * One write of one item: replays the request, or locks the row, changes it and reads it back. From the change until
+   * COMMIT the tenant's other writers wait; so these are sent together, and nobody waits for this process meanwhile.
+   */
   #writeItem(
     write: WriteContext,
     id: string,
-    /** Returns false when somebody else has inserted the row meanwhile. */
-    apply: (session: Session, current: ItemRow | undefined) => Promise<boolean>,
+    /** What changes the item as it is now; `undefined`: nothing. */
+    change: (current: ItemRow | undefined) => Call | undefined,
   ): Promise<Written> {
-    return this.#transact(write, async (session) => {
-      const former = await this.#claimRequest(session, write)
-      if (former !== undefined) return replayOf(former)
-      let current: ItemRow | undefined
-      do {
-        ;[current] = await this.#query<ItemRow>(session, LOCK_ITEM, [write.tenant, id])
-      } while (!(await apply(session, current)))
-      const rows = await this.#query<DatedRow>(session, READ, [write.tenant, [id]])
-      const snapshot = snapshotsOf([id], rows).get(id) ?? unknown(id, 0)
+    const { tenant, requestId } = write
+    const lock: Call = [LOCK_ITEM, [tenant, id]]
+    return this.#transact(write, async (session, opening) => {
+      let locking = [...opening, lock]
+      if (requestId !== '') {
+        const former = await this.#claimRequest(session, write, opening)
+        if (former !== undefined) return this.#replay(session, write, former)
+        locking = [lock]
+      }
+      const [row] = (await this.#together<LockedRow>(session, locking)).at(-1)?.rows ?? []
+      const current = row === undefined || row.id === null ? undefined : row
+      const changing = change(current)
+      const calls: readonly Call[] = [...(changing === undefined ? [] : [changing]), [READ, [tenant, [id]]]]
+      const answers = await (requestId === ''
+        ? this.#commit<DatedRow>(session, calls)
+        : this.#together<DatedRow>(session, calls))
+      if (changing?.[0] === INSERT && answers[0]?.rowCount === 0) throw insertedByAnother(id)
+      const snapshot = snapshotsOf([id], answers.at(-1)?.rows ?? []).get(id) ?? unknown(id, 0)
       const written: Written = {
         snapshot,
         // The revision that wrote what is there now: this commit's, or an earlier one's if nothing changed.
@@ -889,33 +981,25 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
         replayed: false,
         formerTags: current === undefined || current.deleted ? [] : floorTags(current),
       }
-      await this.#completeRequest(session, write, written.revision, written)
+      if (requestId !== '') await this.#commit(session, [completing(write, written.revision, written)])
       return written
     })
   }
 
-  async #put(
+  /**
+   * The outcome of an earlier write with the same request id; waits while that one is in progress. `opening` is sent
+   * ahead.
+   */
+  async #claimRequest(
     session: Session,
-    tenant: string,
-    id: string,
-    draft: ItemDraft,
-    current: ItemRow | undefined,
-  ): Promise<boolean> {
-    checkSize(id, draft)
-    const json = draftJson(id, draft)
-    if (current !== undefined) {
-      await this.#query(session, REPLACE, [tenant, id, JSON.stringify(json)])
-      return true
-    }
-    return (await this.#count(session, INSERT, [tenant, JSON.stringify([json]), 'LOCAL'])) > 0
-  }
-
-  /** The outcome of an earlier write with the same request id; waits while that one is in progress. */
-  async #claimRequest(session: Session, write: WriteContext): Promise<OutcomeRow | undefined> {
-    if (write.requestId === '') return undefined
+    write: WriteContext,
+    opening: readonly Call[],
+  ): Promise<OutcomeRow | undefined> {
     const key = [write.tenant, write.requestId]
-    for (;;) {
-      if ((await this.#count(session, CLAIM_REQUEST, [...key, write.fingerprint])) > 0) return undefined
+    const claim: Call = [CLAIM_REQUEST, [...key, write.fingerprint]]
+    for (let claiming = [...opening, claim]; ; claiming = [claim]) {
+      const claimed = (await this.#together(session, claiming)).at(-1)
+      if (claimed?.rowCount !== 0) return undefined
       const [former] = await this.#query<OutcomeRow>(session, FIND_REQUEST, key)
       if (former === undefined) continue
       checkFingerprint(former, write)
@@ -923,45 +1007,38 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     }
   }
 
-  async #completeRequest(session: Session, write: WriteContext, revision: Revision, written?: Written) {
-    if (write.requestId === '') return
-    const { state, id, asOf, revision: itemRevision, bytes, tags } = written?.snapshot ?? {}
-    await this.#query(session, COMPLETE_REQUEST, [
-      write.tenant,
-      write.requestId,
-      revision,
-      state,
-      id,
-      asOf,
-      itemRevision,
-      bytes && Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength),
-      tags,
-      written?.formerTags,
-    ])
+  async #replay(session: Session, write: WriteContext, outcome: OutcomeRow): Promise<Written> {
+    const { revision, former_tags: formerTags } = outcome
+    if (!outcome.recalled) return { snapshot: recalled(outcome), revision, replayed: true, formerTags }
+    const rows = await this.#query<DatedRow>(session, RECALL, [write.tenant, write.requestId])
+    const snapshot = snapshotsOf([outcome.id], rows).get(outcome.id) ?? unknown(outcome.id, outcome.as_of)
+    return { snapshot, revision, replayed: true, formerTags }
   }
 
   /**
-   * Runs `work` in a transaction, again after a deadlock or a serialisation failure. A caller who goes away stops
-   * waiting at once; the transaction is then rolled back before its next statement.
+   * Runs `work` in a transaction, again after a deadlock or a serialisation failure; `work` sends what opens it ahead of its
+   * first statement. A caller who goes away stops waiting at once; the transaction is then rolled back before its next
+   * statement.
    *
    * When the connection is lost while COMMIT is on its way, nobody knows whether the write happened: `unavailable`
    * with reason `COMMIT_UNKNOWN`. To repeat the write with the same `requestId` is safe.
    */
-  #transact<T>(write: WriteContext, work: (session: Session) => Promise<T>): Promise<T> {
+  #transact<T>(
+    write: WriteContext,
+    work: (session: Session, opening: readonly Call[]) => Promise<T>,
+  ): Promise<T> {
+    const opening = write.clientId === '' ? [BEGIN] : [BEGIN, [SET_WRITER, [write.clientId]] satisfies Call]
     return this.#retrying(write.signal, () =>
       this.#withSession(this.#writers, 'write', write.tenant, write.signal, write.span, async (session) => {
-        await this.#query(session, 'BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE')
-        let result: T
+        session.open = true
         try {
-          if (write.clientId !== '') await this.#query(session, SET_WRITER, [write.clientId])
-          result = await work(session)
-          session.signal?.throwIfAborted()
+          const result = await work(session, opening)
+          if (session.open) await this.#commit(session, [])
+          return result
         } catch (error) {
-          await this.#rollback(session)
+          if (session.open) await this.#rollback(session)
           throw error
         }
-        await this.#commit(session)
-        return result
       }),
     )
   }
@@ -977,21 +1054,33 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     }
   }
 
-  async #commit(session: Session): Promise<void> {
+  /** Sends the last statements of a transaction, and COMMIT behind them. Returns what they have answered. */
+  async #commit<Row>(session: Session, last: readonly Call[]): Promise<readonly Answer<Row>[]> {
+    session.signal?.throwIfAborted()
+    const { stream } = session.client.connection
+    stream.cork()
+    const answering = last.map((call) => this.#send<Row>(session, ...call))
+    session.open = false
+    this.#statements.write++
+    const committing = session.client.query('COMMIT')
+    stream.uncork()
+    const answers = await Promise.allSettled(answering)
+    const failed = answers.find(isRejected)
     try {
-      this.#statements.write++
-      const { command } = await session.client.query('COMMIT')
-      if (command !== 'COMMIT') throw new ItemCacheError('internal', 'the transaction was rolled back')
+      const { command } = await committing
+      if (failed === undefined && command !== 'COMMIT') {
+        throw new ItemCacheError('internal', 'the transaction was rolled back')
+      }
     } catch (error) {
       if (error instanceof ItemCacheError) throw error
       if (isCommitRefusal(error)) throw translated(error)
       session.broken = true
-      throw new ItemCacheError('unavailable', 'the connection was lost while the write was committed', {
-        reason: 'COMMIT_UNKNOWN',
-        retryAfterMs: RETRY_AFTER_MS,
-        cause: error,
-      })
+      // Once the server has refused a statement it commits nothing.
+      if (failed !== undefined && failed.reason.cause instanceof pg.DatabaseError) throw failed.reason
+      throw commitUnknown(error)
     }
+    if (failed !== undefined) throw failed.reason
+    return answers.filter(isFulfilled).map(({ value }) => value)
   }
 
   /** One read statement. */
@@ -1050,9 +1139,9 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     span?: TierSpan,
   ): Promise<number> {
     return this.#retrying(signal, () =>
-      this.#withSession(this.#writers, 'write', tenant, signal, span, (session) =>
-        this.#count(session, statement, values),
-      ),
+      this.#withSession(this.#writers, 'write', tenant, signal, span, async (session) => {
+        return (await this.#send(session, statement, values)).rowCount ?? 0
+      }),
     )
   }
 
@@ -1092,6 +1181,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       signal,
       traceparent: span?.traceparent,
       broken: false,
+      open: false,
     }
     try {
       return await work(session)
@@ -1109,10 +1199,25 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     })
   }
 
-  async #query<Row>(session: Session, statement: Statement, values?: unknown[]): Promise<Row[]> {
-    const rows = (await this.#send(session, statement, values)).rows as (Row &
-      Partial<FromTimeline & FromTenant>)[]
-    const { timeline, scope } = rows[0] ?? {}
+  async #query<Row>(session: Session, ...call: Call): Promise<Row[]> {
+    return (await this.#send<Row>(session, ...call)).rows
+  }
+
+  /** Statements in one packet. Rejects with the first error, once all have been answered. */
+  async #together<Row>(session: Session, calls: readonly Call[]): Promise<readonly Answer<Row>[]> {
+    const { stream } = session.client.connection
+    stream.cork()
+    const answering = calls.map((call) => this.#send<Row>(session, ...call))
+    stream.uncork()
+    const answers = await Promise.allSettled(answering)
+    const failed = answers.find(isRejected)
+    if (failed !== undefined) throw failed.reason
+    return answers.filter(isFulfilled).map(({ value }) => value)
+  }
+
+  /** An answer says which tenant's rows there were for it, and where it comes from. */
+  #check(session: Session, rows: readonly unknown[]): void {
+    const { timeline, scope } = (rows[0] ?? {}) as Partial<FromTimeline & FromTenant>
     if (scope !== undefined && scope !== session.tenant) {
       // A connection pooler that hands statements to sessions as it likes: what was not there proves nothing.
       session.broken = true
@@ -1121,7 +1226,6 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       })
     }
     if (timeline !== undefined) this.#checkTimeline(session, timeline)
-    return rows
   }
 
   /** Timelines: an answer of a server that a newer one has replaced is dropped, and its connection is closed. */
@@ -1152,11 +1256,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     client.query({ ...SET_TRACE, values }).catch(() => undefined)
   }
 
-  async #count(session: Session, statement: Statement, values?: unknown[]): Promise<number> {
-    return (await this.#send(session, statement, values)).rowCount ?? 0
-  }
-
-  async #send(session: Session, statement: Statement, values: unknown[] = []): Promise<pg.QueryResult> {
+  /** Sends a statement before it returns. */
+  async #send<Row>(session: Session, ...[statement, values = []]: Call): Promise<Answer<Row>> {
     session.signal?.throwIfAborted()
     this.#statements[session.purpose]++
     const { client, tenant } = session
@@ -1170,16 +1271,18 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
       const answer = client.query(
         typeof statement === 'string' ? { text: statement, values } : { ...statement, values },
       )
-      if (confined === undefined) return await answer
-      const [confining, answering] = await Promise.allSettled([confined, answer])
-      if (confining.status === 'rejected') {
-        this.#tenants.delete(client)
-        // The other may have begun a transaction.
-        session.broken = session.purpose === 'write'
-        throw confining.reason
+      if (confined !== undefined) {
+        const [confining] = await Promise.allSettled([confined, answer])
+        if (confining.status === 'rejected') {
+          this.#tenants.delete(client)
+          // The other may have begun a transaction.
+          session.broken = session.purpose === 'write'
+          throw confining.reason
+        }
       }
-      if (answering.status === 'rejected') throw answering.reason
-      return answering.value
+      const result = await answer
+      this.#check(session, result.rows)
+      return result
     } catch (error) {
       session.broken ||= !isRefusal(error)
       throw translated(error)
@@ -1218,6 +1321,50 @@ function abortError(signal: AbortSignal): ItemCacheError {
   return new ItemCacheError('cancelled', 'the caller went away', { cause: signal.reason })
 }
 
+const isRejected = (settled: PromiseSettledResult<unknown>): settled is PromiseRejectedResult =>
+  settled.status === 'rejected'
+
+const isFulfilled = <T>(settled: PromiseSettledResult<T>): settled is PromiseFulfilledResult<T> =>
+  settled.status === 'fulfilled'
+
+/** The connection was lost when a write was under way that may have been committed. */
+function commitUnknown(cause: unknown): ItemCacheError {
+  return new ItemCacheError('unavailable', 'the connection was lost while the write was committed', {
+    reason: 'COMMIT_UNKNOWN',
+    retryAfterMs: RETRY_AFTER_MS,
+    cause,
+  })
+}
+
+/** What makes an item of a draft. */
+function putting(tenant: string, id: string, draft: ItemDraft, current: ItemRow | undefined): Call {
+  checkSize(id, draft)
+  const json = draftJson(id, draft)
+  return current === undefined
+    ? [INSERT, [tenant, JSON.stringify([json]), 'LOCAL']]
+    : [REPLACE, [tenant, id, JSON.stringify(json)]]
+}
+
+/** What keeps the outcome of a write for its retries. */
+function completing(write: WriteContext, revision: Revision, written?: Written): Call {
+  const { state, id, asOf, revision: itemRevision, bytes, tags } = written?.snapshot ?? {}
+  return [
+    COMPLETE_REQUEST,
+    [
+      write.tenant,
+      write.requestId,
+      revision,
+      state,
+      id,
+      asOf,
+      itemRevision,
+      bytes && Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength),
+      tags,
+      written?.formerTags,
+    ],
+  ]
+}
+
 function checkPrecondition(
   id: string,
   current: ItemRow | undefined,
@@ -1245,6 +1392,8 @@ function checkFingerprint(former: OutcomeRow, write: WriteContext): void {
 }
 
 function checkSize(id: string, draft: ItemDraft): void {
+  // Most are so small that nobody need look.
+  if (mostItemBytes(draft) <= LIMITS.itemBytes) return
   // The longest form: what the database adds is at most as large as this.
   const record: ItemRecord = {
     ...draft,
@@ -1346,20 +1495,15 @@ function entryOf(line: LogLine, revision: Revision): LogEntry {
   return { revision, kind, mode, ids, tags, writer, committedAtMs: line.committed_ms, ageMs: line.age_ms }
 }
 
-function replayOf(outcome: OutcomeRow): Written {
+function recalled(outcome: OutcomeRow): Snapshot {
   return {
-    snapshot: {
-      id: outcome.id,
-      asOf: outcome.as_of,
-      state: outcome.state ?? 'unknown',
-      // A copy, since the driver's bytes are part of a larger buffer, which would be kept with them.
-      bytes: outcome.item === null ? undefined : new Uint8Array(outcome.item),
-      revision: outcome.item_revision,
-      tags: outcome.tags,
-    },
-    revision: outcome.revision,
-    replayed: true,
-    formerTags: outcome.former_tags,
+    id: outcome.id,
+    asOf: outcome.as_of,
+    state: outcome.state ?? 'unknown',
+    // A copy, since the driver's bytes are part of a larger buffer, which would be kept with them.
+    bytes: outcome.item === null ? undefined : new Uint8Array(outcome.item),
+    revision: outcome.item_revision,
+    tags: outcome.tags,
   }
 }
 
@@ -1395,6 +1539,11 @@ function queuedTooLong(cause: unknown): ItemCacheError {
 }
 
 const CONTENTION = 'RETRIES_EXHAUSTED'
+
+/** Where there was nothing when the row was looked for. */
+function insertedByAnother(id: string): ItemCacheError {
+  return new ItemCacheError('conflict', 'others kept inserting the item', { reason: CONTENTION, id })
+}
 
 function isContention(error: unknown): boolean {
   return error instanceof ItemCacheError && error.reason === CONTENTION

@@ -6,7 +6,7 @@
  * answer definitely or throw an `ItemCacheError`.
  */
 import type { LogRow } from '../invalidation/view.ts'
-import type { ItemDraft } from '../item.ts'
+import type { ItemDraft, ItemRecord } from '../item.ts'
 
 /** The tiers, from near to far. */
 export type TierName = 'memory' | 'redis' | 'postgres' | 'origin'
@@ -155,6 +155,13 @@ export interface WriteContext {
   readonly span?: TierSpan | undefined
 }
 
+/** New content for an item that most likely is at the revision that is known of it. */
+export interface KnownWrite {
+  readonly write: WriteContext
+  readonly known: ItemRecord
+  readonly draft: ItemDraft
+}
+
 /** The outcome of a write that has been committed. */
 export interface Written {
   /** The item after the write, as of `revision`; a deleted one after a delete. */
@@ -233,6 +240,15 @@ export interface StoreTier {
     options: { readonly etag: string; readonly allowMissing: boolean },
     change: (current: ItemDraft | undefined) => ItemDraft,
   ): Promise<Written>
+  /**
+   * Replaces items that are still what the writer knows, by one statement and in one commit; of different items and request
+   * ids. Those that are missing in the answer are not, or their request id was used before: nothing was written of them.
+   */
+  replaceKnown(
+    tenant: string,
+    writes: readonly KnownWrite[],
+    span?: TierSpan,
+  ): Promise<ReadonlyMap<string, Written>>
   /** Leaves a marker row. `not-found` when absent and not `allowMissing`; `conflict` as in `update`. */
   delete(
     write: WriteContext,

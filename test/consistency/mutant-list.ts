@@ -30,6 +30,7 @@ const WRITE = 'src/service/write.ts'
 const POSTGRES = 'src/tiers/postgres.ts'
 const STREAMS = 'src/invalidation/subscriptions.ts'
 const LOADED_SQL = 'src/tiers/migrations/0004_insert_loaded.sql'
+const REPLACE_SQL = 'src/tiers/migrations/0005_replace_known.sql'
 const LOG_SQL = 'src/tiers/migrations/0002_change_log.sql'
 
 /** Only the poll brings news, up to half a second late. */
@@ -47,6 +48,8 @@ const NO_CLOSE_FOLLOWING: Edit = {
 /** Every other second, almost too seldom to call anything current. */
 const RARE_POLLS: Edit = { file: 'src/app.ts', find: 'const POLL_MS = ', put: 'const POLL_MS = 1200 || ' }
 const SMALL_PAGES: Edit = { file: TAIL, find: 'const PAGE_ROWS = ', put: 'const PAGE_ROWS = 1 || ' }
+/** Every write locks its row. */
+const NO_GROUPS: Edit = { file: WRITE, find: 'const MAX_WAITING = ', put: 'const MAX_WAITING = 0 && ' }
 const SHORT_ACTIVATION: Edit = {
   file: TAIL,
   find: 'const ACTIVATION_ROWS = ',
@@ -339,20 +342,21 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: POSTGRES,
-        find: `      session.broken = true
-      throw new ItemCacheError('unavailable', 'the connection was lost while`,
-        put: `      session.broken = true
-      if (error !== undefined) return
-      throw new ItemCacheError('unavailable', 'the connection was lost while`,
+        find: `      throw commitUnknown(error)
+    }
+    if (failed`,
+        put: `      if (failed !== undefined) throw commitUnknown(error)
+    }
+    if (failed`,
       },
     ],
     amplifiers: [
       {
         file: POSTGRES,
-        find: `const { command } = await session.client.query('COMMIT')`,
-        put: `await sleep(this.#random() * 100)
-      const { command } = await session.client.query('COMMIT')`,
+        find: `const committing = session.client.query('COMMIT')`,
+        put: `const committing = sleep(this.#random() * 100).then(() => session.client.query('COMMIT'))`,
       },
+      NO_GROUPS,
     ],
     profile: calm({ faults: { postgresCut: true }, faultEveryMs: 300, workload: { update: 40 } }),
   },
@@ -427,6 +431,13 @@ export const MUTANTS: readonly Mutant[] = [
       repeats: 0.8,
       workload: { update: 30, read: 60, invalidateTags: 0 },
     }),
+  },
+  {
+    name: 'acknowledge-group',
+    rule: 'Known before applied: a group commit raises the floors of its writes',
+    edits: [{ file: WRITE, find: 'this.#raise(tenant, snapshot, revision, formerTags)', put: '' }],
+    amplifiers: [NO_NOTIFICATIONS, RARE_POLLS],
+    profile: calm({ watchers: 0, workload: { update: 30, read: 60, invalidateTags: 0 } }),
   },
   {
     name: 'ahead',
@@ -623,6 +634,18 @@ export const MUTANTS: readonly Mutant[] = [
     profile: calm({ workload: { update: 30 } }),
   },
   {
+    name: 'known-revision',
+    rule: 'A write in a group commit happens only if the item is at the revision that it builds on',
+    edits: [
+      {
+        file: REPLACE_SQL,
+        find: 'WHERE i.revision = w.revision AND NOT i.deleted AND',
+        put: 'WHERE w.revision > 0 AND NOT i.deleted AND',
+      },
+    ],
+    profile: calm({ workload: { update: 60 } }),
+  },
+  {
     name: 'refetch-condition',
     rule: 'A refetch updates only the row revision that it started from',
     edits: [
@@ -682,8 +705,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: POSTGRES,
-        find: `if (write.requestId === '') return undefined\n    const key`,
-        put: `if (write.requestId !== 'none') return undefined\n    const key`,
+        find: `if (claimed?.rowCount !== 0) return undefined`,
+        put: `if (claimed !== undefined) return undefined`,
       },
     ],
     profile: calm({ faults: { kill: true, postgresLostReplies: true }, workload: { update: 30 } }),

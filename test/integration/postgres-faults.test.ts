@@ -271,7 +271,8 @@ describe('a connection that has died without a word', () => {
     const { snapshot } = await tier.update(by(tenant), 'a', options, () => draft({ title: 'kept' }))
     expect(snapshot.state).toBe('present')
     way.breakAll()
-    await expect(lost).rejects.toMatchObject(down)
+    // COMMIT was sent together with the change.
+    await expect(lost).rejects.toMatchObject({ code: 'unavailable', reason: 'COMMIT_UNKNOWN' })
   })
 })
 

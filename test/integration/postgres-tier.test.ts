@@ -1,9 +1,15 @@
 /** What the PostgreSQL tier promises to the service. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { decodeItem } from '../../src/codec.ts'
-import { etagOf, type ItemDraft, LIMITS } from '../../src/item.ts'
+import { etagOf, type ItemDraft, type ItemRecord, LIMITS } from '../../src/item.ts'
 import type { PostgresTier } from '../../src/tiers/postgres.ts'
-import type { InvalidationTarget, ListQuery, Snapshot } from '../../src/tiers/tier.ts'
+import type {
+  InvalidationTarget,
+  KnownWrite,
+  ListQuery,
+  Snapshot,
+  WriteContext,
+} from '../../src/tiers/tier.ts'
 import {
   by,
   draft,
@@ -567,6 +573,200 @@ describe('update', () => {
     await tier.create(by(tenant, { clientId: `o'neill` }), 'a', draft())
     await tier.update(by(tenant), 'a', anyEtag, () => draft({ title: 'x' }))
     expect((await logOf(sql, tenant)).map(({ writer }) => writer)).toEqual([`o'neill`, ''])
+  })
+})
+
+describe('items that are replaced together', () => {
+  /** Items with these ids, as they are, and what makes a write of one. */
+  async function items(tenant: string, ...ids: readonly string[]) {
+    const known = new Map<string, ItemRecord>()
+    for (const id of ids) {
+      known.set(id, decoded((await tier.create(by(tenant), id, { ...full, title: `old ${id}` })).snapshot))
+    }
+    return (
+      id: string,
+      content: Partial<ItemDraft> = {},
+      context: Partial<WriteContext> = {},
+    ): KnownWrite => ({
+      write: by(tenant, context),
+      known: known.get(id) ?? { ...full, id, source: 'LOCAL', revision: 1, createTimeMs: 0, updateTimeMs: 0 },
+      draft: { ...full, title: `new ${id}`, ...content },
+    })
+  }
+
+  test('take one statement, one commit and one revision, and are read back', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b', 'c')
+    // Tells the connection whose rows it wants.
+    await tier.replaceKnown(tenant, [])
+    const before = tier.stats.statements.write
+    const written = await tier.replaceKnown(tenant, [
+      writeOf('c'),
+      writeOf('a', { tags: ['x'], attributes: undefined }),
+    ])
+    expect(tier.stats.statements.write - before).toBe(1)
+    expect([...written.keys()].sort()).toEqual(['a', 'c'])
+    const { snapshot, revision, formerTags, replayed } = written.get('a') ?? expect.unreachable()
+    expect(decoded(snapshot)).toMatchObject({
+      ...full,
+      title: 'new a',
+      tags: ['x'],
+      attributes: undefined,
+      revision,
+    })
+    expect(snapshot).toMatchObject({
+      id: 'a',
+      asOf: TIMELINE + 4,
+      revision: TIMELINE + 4,
+      tags: ['x', 'light'],
+    })
+    expect({ revision, formerTags, replayed }).toEqual({
+      revision: TIMELINE + 4,
+      formerTags: [...full.tags, 'light'],
+      replayed: false,
+    })
+    expect(snapshot.bytes).toEqual((await readOne(tenant, 'a')).bytes)
+    expect((await logOf(sql, tenant)).at(-1)).toMatchObject({
+      revision: 4,
+      kind: 'UPSERTED',
+      ids: ['a', 'c'],
+      tags: expect.arrayContaining(['x', 'light', ...full.tags]),
+    })
+    expect(decoded(await readOne(tenant, 'b')).title).toBe('old b')
+  })
+
+  test('leave those alone that have changed, were deleted or never were, and say so', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'moved', 'deleted', 'same')
+    await tier.update(by(tenant), 'moved', anyEtag, () => draft({ title: 'moved on' }))
+    await tier.delete(by(tenant), 'deleted', anyEtag)
+    const ids = ['moved', 'deleted', 'never', 'same']
+    const written = await tier.replaceKnown(
+      tenant,
+      ids.map((id) => writeOf(id)),
+    )
+    expect([...written.keys()]).toEqual(['same'])
+    expect(decoded(await readOne(tenant, 'moved')).title).toBe('moved on')
+    expect((await readOne(tenant, 'deleted')).state).toBe('deleted')
+    expect((await readOne(tenant, 'never')).state).toBe('unknown')
+    expect(await revisionOf(sql, tenant)).toBe(6)
+  })
+
+  test('with the content that is there change nothing and return the item’s revision', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a')
+    const { snapshot, revision } =
+      (await tier.replaceKnown(tenant, [writeOf('a', { title: 'old a' })])).get('a') ?? expect.unreachable()
+    expect({ revision, asOf: snapshot.asOf }).toEqual({ revision: TIMELINE + 1, asOf: TIMELINE + 1 })
+    expect(await revisionOf(sql, tenant)).toBe(1)
+  })
+
+  test('belong to their tenant, whatever the ids are', async () => {
+    const [mine, others] = [newTenant(), newTenant()]
+    await items(others, 'a')
+    const writeOf = await items(mine, 'a')
+    await tier.replaceKnown(mine, [writeOf('a')])
+    expect(decoded(await readOne(others, 'a')).title).toBe('old a')
+    expect(await revisionOf(sql, others)).toBe(1)
+  })
+
+  test('name each writer in the log, in a revision of its own', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b', 'c')
+    await tier.replaceKnown(tenant, [
+      writeOf('a', {}, { clientId: 'one' }),
+      writeOf('b', {}, { clientId: `o'neill` }),
+      writeOf('c', {}, { clientId: 'one' }),
+    ])
+    const log = (await logOf(sql, tenant)).slice(3)
+    expect(log.map(({ revision }) => revision)).toEqual([4, 5])
+    expect(new Map(log.map(({ writer, ids }) => [writer, ids]))).toEqual(
+      new Map([
+        ['one', ['a', 'c']],
+        [`o'neill`, ['b']],
+      ]),
+    )
+  })
+
+  test('are replayed when their request ids come back, and refused with another content', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b')
+    const context = { requestId: 'r', fingerprint: 'f' }
+    const first = (await tier.replaceKnown(tenant, [writeOf('a', {}, context), writeOf('b')])).get('a')
+    await tier.update(by(tenant), 'a', anyEtag, () => draft({ title: 'later' }))
+    expect(await tier.replaceKnown(tenant, [writeOf('a', {}, context)])).toEqual(new Map())
+    const untouched = () => expect.unreachable('the change was applied again')
+    expect(await tier.update(by(tenant, context), 'a', anyEtag, untouched)).toEqual({
+      ...first,
+      replayed: true,
+    })
+    const other = by(tenant, { ...context, fingerprint: 'other' })
+    await expect(tier.update(other, 'a', anyEtag, untouched)).rejects.toMatchObject({
+      reason: 'REQUEST_ID_REUSED',
+    })
+    expect(await revisionOf(sql, tenant)).toBe(4)
+  })
+
+  test('leave no request id behind of a write that was not made', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b')
+    await tier.update(by(tenant), 'a', anyEtag, () => draft({ title: 'later' }))
+    const context = { requestId: 'r', fingerprint: 'f' }
+    const written = await tier.replaceKnown(tenant, [
+      writeOf('a', {}, context),
+      writeOf('b', {}, { requestId: 's' }),
+    ])
+    expect([...written.keys()]).toEqual(['b'])
+    expect(await sql('SELECT request_id FROM requests WHERE tenant = $1', [tenant])).toEqual([
+      { request_id: 's' },
+    ])
+    const { replayed } = await tier.update(by(tenant, context), 'a', anyEtag, () => draft())
+    expect(replayed).toBe(false)
+  })
+
+  test('by many instances at once, in any order, do not deadlock, and each item is written once', async () => {
+    const tenant = newTenant()
+    const ids = Array.from({ length: 20 }, (_, n) => `item-${n}`)
+    const writeOf = await items(tenant, ...ids)
+    const other = await store.open({ random: () => 0 })
+    const requests = (n: number) => ({ requestId: `request ${n}`, fingerprint: 'f' })
+    const before = tier.stats.retries
+    const outcomes = await Promise.all(
+      Array.from({ length: 6 }, (_, n) => {
+        const order = n % 2 === 0 ? ids : ids.toReversed()
+        const named = n < 4
+        return (n % 3 === 0 ? tier : other).replaceKnown(
+          tenant,
+          order
+            .slice(0, 15)
+            .map((id, at) => writeOf(id, { title: `by ${n}` }, named && at < 7 ? requests(at) : {})),
+        )
+      }),
+    )
+    const written = outcomes.flatMap((outcome) => [...outcome.keys()])
+    expect(new Set(written).size).toBe(written.length)
+    expect(tier.stats.retries - before + other.stats.retries).toBe(0)
+    for (const outcome of outcomes) {
+      for (const [id, { snapshot }] of outcome)
+        expect(snapshot.bytes).toEqual((await readOne(tenant, id)).bytes)
+    }
+  })
+
+  test('of which the database refuses one are none of them written', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b')
+    const attempt = tier.replaceKnown(tenant, [writeOf('a'), writeOf('b', { title: 'NUL \0' })])
+    await expect(attempt).rejects.toMatchObject({ code: 'invalid' })
+    expect(await revisionOf(sql, tenant)).toBe(2)
+  })
+
+  test('are not written by a server older than one that was seen', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a')
+    const fenced = await store.open()
+    fenced.seen(2 * TIMELINE)
+    expect(await fenced.replaceKnown(tenant, [writeOf('a')])).toEqual(new Map())
+    expect(await revisionOf(sql, tenant)).toBe(1)
   })
 })
 

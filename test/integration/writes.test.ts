@@ -200,6 +200,87 @@ describe('UpdateItem', () => {
     expect(later.item?.rating).toMatchObject({ rate: 0, count: 13n })
   })
 
+  describe('by many at once', () => {
+    test('of items that memory knows shares commits, and everybody gets what they wrote', async () => {
+      const caller = newCaller(service)
+      const ids = Array.from({ length: 60 }, (_, n) => `many-${n}`)
+      for (const id of ids) await create(caller, id)
+      const before = await revisionOf(sql, caller.tenant)
+      const answers = await Promise.all(
+        ids.map((id) => update(caller, { id, title: `New ${id}`, tags: [id] }, 'title', 'tags')),
+      )
+      expect(answers.map(({ item }) => item?.title)).toEqual(ids.map((id) => `New ${id}`))
+      expect(answers.map(({ item }) => item?.category)).toEqual(ids.map(() => LAMP.category))
+      // A commit takes one revision.
+      const log = (await logOf(sql, caller.tenant)).filter(({ revision }) => revision > before)
+      expect(log.length).toBeLessThan(60)
+      expect(log.flatMap((row) => row.ids).sort()).toEqual(ids.toSorted())
+      for (const { item, revision } of answers) {
+        const row = log.find(({ revision: own }) => own === Number(revision) - TIMELINE)
+        expect(row?.ids).toContain(item?.id)
+        expect(await read(caller, item?.id ?? '')).toEqual(item)
+      }
+    })
+
+    test('of one item keeps every change', async () => {
+      const caller = newCaller(service)
+      await create(caller, 'a')
+      const fields = ['title', 'description', 'category', 'image_uri', 'rating.rate', 'price.units'] as const
+      const after = {
+        title: 'T',
+        description: 'D',
+        category: 'C',
+        imageUri: 'https://images.example/new.svg',
+        rating: { rate: 1 },
+        price: { units: 7n },
+      }
+      await Promise.all(fields.map((path) => update(caller, { id: 'a', ...after }, path)))
+      expect(await read(caller, 'a')).toMatchObject({ ...after, tags: LAMP.tags })
+    })
+
+    test('with the same etag lets one through, and does not keep the others’ items from being written', async () => {
+      const caller = newCaller(service)
+      const { etag } = await create(caller, 'a')
+      const others = ['b', 'c', 'd']
+      for (const id of others) await create(caller, id)
+      const [first, ...rest] = await Promise.allSettled([
+        ...others.map((id) => update(caller, { id, title: 'New' }, 'title')),
+        ...['1', '2', '3', '4'].map((title) => update(caller, { id: 'a', etag, title }, 'title')),
+      ])
+      expect(first?.status).toBe('fulfilled')
+      expect(rest.filter(({ status }) => status === 'fulfilled')).toHaveLength(2 + 1)
+      for (const each of rest) {
+        if (each.status === 'rejected') expect(each.reason).toMatchObject({ code: status.ABORTED })
+      }
+    })
+
+    test('of which one breaks a rule of the database refuses that one alone', async () => {
+      const caller = newCaller(service)
+      for (const id of ['a', 'b', 'c']) await create(caller, id)
+      await sql(`ALTER TABLE items ADD CONSTRAINT no_gnomes CHECK (title <> 'gnome')`)
+      try {
+        const answers = await Promise.allSettled(
+          ['a', 'b', 'c'].map((id) => update(caller, { id, title: id === 'b' ? 'gnome' : 'New' }, 'title')),
+        )
+        expect(answers.map((each) => each.status)).toEqual(['fulfilled', 'rejected', 'fulfilled'])
+        expect(answers[1]).toMatchObject({ reason: { code: status.INVALID_ARGUMENT } })
+        expect((await read(caller, 'b'))?.title).toBe(LAMP.title)
+      } finally {
+        await sql('ALTER TABLE items DROP CONSTRAINT no_gnomes')
+      }
+    })
+
+    test('with one request id writes once, and everybody gets that outcome', async () => {
+      const caller = newCaller(service)
+      const { revision } = await create(caller, 'a')
+      const request = { item: { id: 'a', title: 'New' }, updateMask: { paths: ['title'] }, requestId: 'r' }
+      const answers = await Promise.all(Array.from({ length: 5 }, () => caller.call('updateItem', request)))
+      for (const answer of answers) expect(answer).toEqual(answers[0])
+      expect(answers[0]?.revision).toBe(revision + 1n)
+      expect(await revisionOf(sql, caller.tenant)).toBe(2)
+    })
+  })
+
   test('refuses parts that do not fit the rest', async () => {
     const caller = newCaller(service)
     const before = await create(caller, 'a')

@@ -121,6 +121,10 @@ class Database implements StoreTier, LogSource {
     return this.#written(id, () => this.put(id, this.at(id, this.revision).tags))
   }
 
+  async replaceKnown(): Promise<ReadonlyMap<string, Written>> {
+    return new Map()
+  }
+
   async delete(_: Write, id: string): Promise<Written> {
     return this.#written(id, () => this.put(id, undefined))
   }

@@ -1,0 +1,105 @@
+-- Replaces the content of items that are still as the caller knows them: one way to the database and back, one commit for all,
+-- and nobody waits for the caller while the tenant's row is locked.
+--
+-- `writes` is an array of objects, of different items and request ids:
+--   id, revision                what is known of the item
+--   former_tags                 its tags and category, for the outcome
+--   writer, request_id, fingerprint   '' where there is none
+--   title, description, …       the new content, by the columns' names
+--
+-- Returns what is there now, as of the tenant's revision. An item for which nothing was done is missing: it is at another
+-- revision, or its request id was used before. All are missing when the server is older than the caller has seen, or the
+-- session is another tenant's. Whoever misses one finds out by locking the row.
+CREATE FUNCTION itemcache_replace_known(of_tenant text, known_timeline bigint, writes jsonb)
+RETURNS TABLE (as_of bigint, item items) LANGUAGE plpgsql AS $$
+DECLARE
+  claiming text[];
+  claimed text[];
+  replacing text[];
+  of_writer text;
+BEGIN
+  IF itemcache_timeline_start() < known_timeline
+    OR current_setting('itemcache.tenant', true) IS DISTINCT FROM of_tenant THEN
+    RETURN;
+  END IF;
+
+  -- Whoever writes claims its request id, then locks its items, each in order, then takes revisions: so that no two of
+  -- these wait for each other. An id whose write is in progress is waited for.
+  SELECT array_agg(w ->> 'request_id') INTO claiming
+    FROM jsonb_array_elements(writes) AS w WHERE w ->> 'request_id' <> '';
+  IF claiming IS NOT NULL THEN
+    WITH inserted AS (
+      INSERT INTO requests (tenant, request_id, fingerprint)
+        SELECT of_tenant, w.request_id, w.fingerprint
+        FROM jsonb_to_recordset(writes) AS w (request_id text, fingerprint text)
+        WHERE w.request_id <> ''
+        ORDER BY w.request_id COLLATE "C"
+        ON CONFLICT DO NOTHING
+        RETURNING request_id
+    )
+    SELECT coalesce(array_agg(request_id), '{}') INTO claimed FROM inserted;
+  END IF;
+  SELECT coalesce(array_agg(locked.id), '{}') INTO replacing
+    FROM (
+      SELECT i.id
+      FROM jsonb_to_recordset(writes) AS w (id text, revision bigint, request_id text)
+      JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
+      WHERE i.revision = w.revision AND NOT i.deleted AND (w.request_id = '' OR w.request_id = ANY (claimed))
+      ORDER BY i.id
+      FOR UPDATE OF i
+    ) AS locked;
+
+  -- One statement, and so one revision, for each who writes: the log says who.
+  FOR of_writer IN
+    SELECT DISTINCT w ->> 'writer' FROM jsonb_array_elements(writes) AS w WHERE w ->> 'id' = ANY (replacing)
+  LOOP
+    PERFORM set_config('itemcache.writer', of_writer, true);
+    UPDATE items i
+      SET (title, description, category, image_uri, price_currency, price_units, price_nanos, rating_rate, rating_count, tags,
+          attributes) = ROW (x.title, x.description, x.category, x.image_uri, x.price_currency, x.price_units, x.price_nanos,
+          x.rating_rate, x.rating_count, x.tags, x.attributes),
+        source = 'LOCAL'
+      FROM jsonb_to_recordset(writes) AS x (
+        id text, writer text, title text, description text, category text COLLATE "C", image_uri text,
+        price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
+        tags text[] COLLATE "C", attributes jsonb
+      )
+      WHERE i.tenant = of_tenant AND i.id = x.id COLLATE "C" AND i.id = ANY (replacing) AND x.writer = of_writer
+        -- A write that changes nothing leaves no trace.
+        AND (i.title, i.description, i.category, i.image_uri, i.price_currency, i.price_units, i.price_nanos, i.rating_rate,
+            i.rating_count, i.tags, i.attributes)
+          IS DISTINCT FROM (x.title, x.description, x.category, x.image_uri, x.price_currency, x.price_units, x.price_nanos,
+            x.rating_rate, x.rating_count, x.tags, x.attributes);
+  END LOOP;
+
+  IF claiming IS NOT NULL THEN
+    DELETE FROM requests r USING jsonb_to_recordset(writes) AS w (id text, request_id text)
+      WHERE r.tenant = of_tenant AND r.request_id = w.request_id COLLATE "C" AND w.request_id = ANY (claimed)
+        AND w.id <> ALL (replacing);
+    UPDATE requests r SET revision = i.revision, state = 'present', id = i.id, as_of = greatest(t.revision, s.timeline),
+        item_revision = i.revision, former_tags = w.former_tags, outcome = to_jsonb(i)
+      FROM jsonb_to_recordset(writes) AS w (id text, request_id text, former_tags text[])
+      JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
+      CROSS JOIN (SELECT itemcache_timeline_start() AS timeline) AS s
+      LEFT JOIN tenants t ON t.name = of_tenant
+      WHERE r.tenant = of_tenant AND r.request_id = w.request_id COLLATE "C" AND w.request_id = ANY (claimed)
+        AND w.id = ANY (replacing);
+  END IF;
+  -- By a statement of its own, whose snapshot has the revisions that the triggers have just taken.
+  RETURN QUERY
+    SELECT greatest(t.revision, s.timeline), i
+    FROM (SELECT itemcache_timeline_start() AS timeline) AS s
+    LEFT JOIN tenants t ON t.name = of_tenant
+    JOIN items i ON i.tenant = of_tenant AND i.id = ANY (replacing);
+END
+$$;
+
+-- The item after the write, where `item` does not hold it encoded.
+ALTER TABLE requests ADD COLUMN outcome jsonb;
+
+-- The function finds its tables whatever the caller's search_path is.
+DO $$
+BEGIN
+  EXECUTE format('ALTER FUNCTION itemcache_replace_known SET search_path = %I, pg_temp', current_schema());
+END
+$$;
