@@ -538,12 +538,13 @@ export class Watcher implements Disposable {
   tell(): void {
     if (!this.#waiting || this.#delay !== undefined) return
     const { maxBatchDelayMs } = this.#request
-    const wake = () => {
-      this.#delay = undefined
-      this.#signals.wake()
-    }
-    if (maxBatchDelayMs === 0) wake()
-    else this.#delay = setTimeout(wake, maxBatchDelayMs)
+    if (maxBatchDelayMs > 0) this.#delay = setTimeout(this.#delayed, maxBatchDelayMs)
+    else this.#signals.wake()
+  }
+
+  readonly #delayed = () => {
+    this.#delay = undefined
+    this.#signals.wake()
   }
 
   /** After the time that is left to the next heartbeat, or of a pause before it is tried again. */

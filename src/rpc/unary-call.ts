@@ -55,6 +55,8 @@ export class UnaryCall {
   /** Of the message; -1: not known yet. */
   #length = -1
   #answered = false
+  /** Its headers have been sent, and messages may follow. */
+  #begun = false
   #whenCancelled: (() => void)[] | undefined
   #whenClosed: (() => void)[] | undefined
 
@@ -157,9 +159,14 @@ export class UnaryCall {
    * has taken them, or with why it will not; not always when the caller goes away.
    */
   write(reply: Reply, left: (error?: Error | null) => void): void {
+    if (this.#answered) return
     const stream = this.#stream
-    if (this.#answered || stream.destroyed || stream.closed) return
-    if (!stream.headersSent) stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
+    // Asked once: what is written to a stream that is closed later only fails.
+    if (!this.#begun) {
+      if (stream.destroyed || stream.closed) return
+      this.#begun = true
+      stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
+    }
     stream.write(frameOf(reply), left)
   }
 
@@ -167,7 +174,7 @@ export class UnaryCall {
   refuse(status: Status): void {
     if (!this.#mayAnswer()) return
     const stream = this.#stream
-    if (stream.headersSent) {
+    if (this.#begun) {
       stream.once('wantTrailers', () => stream.sendTrailers(trailers(status)))
       stream.end()
     } else stream.respond(trailersOnly(status), { endStream: true })
