@@ -58,6 +58,12 @@ export interface Instance {
   batchGet(ids: readonly string[], tenant: string): Promise<Buffer>
 }
 
+/** What `npm start` gives Node. */
+const NODE_ARGUMENTS =
+  /exec node (.*) src\/main\.ts$/
+    .exec(JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8')).scripts.start)?.[1]
+    ?.split(' ') ?? []
+
 export async function startBed(): Promise<Bed> {
   await using started = new AsyncDisposableStack()
   const directory = started.use(makeRunDirectory())
@@ -81,7 +87,7 @@ export async function startBed(): Promise<Bed> {
       cwd: directory.path,
       stdout: 'pipe',
       core: options.core,
-      execArgv: options.execArgv ?? [],
+      execArgv: [...NODE_ARGUMENTS, ...(options.execArgv ?? [])],
       env: {
         DATABASE_URL: postgres.url,
         REDIS_URL: redis.url,
