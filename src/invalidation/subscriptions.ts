@@ -2,8 +2,8 @@
  * Subscriptions: the log of a tenant as streams, one for each watcher.
  *
  * A watcher is a **cursor**, never a queue: it is asked for its next message only when it has taken the last one. While
- * it keeps up it is served from the tenant's **ring** of newest rows; when it falls behind the ring, from
- * PostgreSQL; and what PostgreSQL no longer holds it is told of as a **gap**. So a watcher that never reads
+ * it keeps up it is served from the tenant's **ring** of newest rows, as soon as there is a row; when it falls behind the
+ * ring, from PostgreSQL; and what PostgreSQL no longer holds it is told of as a **gap**. So a watcher that never reads
  * costs what its cursor costs.
  *
  * What a watcher may rely on: `started` comes first; revisions come in order, each once, a row never split; a heartbeat
@@ -33,6 +33,16 @@ export interface WatchRequest {
   readonly exceptWriter: string | undefined
   /** What is counted against the limit per connection. */
   readonly connection: string
+}
+
+/** Who takes a watcher's messages. */
+export interface WatchSignals {
+  /** Aborts when nobody wants them any more. */
+  readonly gone: AbortSignal
+  /** Aborts when the server is about to drain. */
+  readonly draining: AbortSignal
+  /** Called when there may be a message again, or the reason of an end. */
+  readonly wake: () => void
 }
 
 /** One message to a watcher. */
@@ -71,6 +81,8 @@ const BATCH_BYTES = 128 * 1024
 const HISTORY = { rows: 200, names: 20_000 }
 /** Before a heartbeat is tried again that could not be given. */
 const MIN_PAUSE_MS = 50
+/** Watchers that are told of news before others have their turn: each costs some microseconds. */
+const TOLD_PER_TURN = 256
 /** Batches whose array is remembered for other watchers at the same cursor; together no larger than the ring. */
 const SHARED_BATCHES = 16
 /** All rings together may be as large as so many that are full. */
@@ -187,7 +199,11 @@ interface Watched {
   watchers: number
   /** Asked by watchers that began while it was under way. */
   bounds: ReturnType<LogSource['bounds']> | undefined
-  readonly sleeping: Set<Sleeper>
+  /** Those who have begun. Not those who wait: V8 replaces the table of a set every so many additions. */
+  readonly following: Set<Watcher>
+  /** There are rows that not all who follow have been told of. */
+  news: boolean
+  telling: boolean
 }
 
 export class Subscriptions implements Follower {
@@ -269,75 +285,42 @@ export class Subscriptions implements Follower {
   }
 
   /**
-   * The tenant's log as messages, until the consumer breaks off or the signal aborts (when the server drains: after a
-   * last `draining`). Throws `ahead-of-log`, `exhausted`, `unavailable`.
+   * Begins to follow the tenant's log. What is returned must be disposed of. Throws `ahead-of-log`, `exhausted`,
+   * `unavailable`, and why `gone` has aborted.
    */
-  async *watch(
-    request: WatchRequest,
-    signal: AbortSignal,
-    draining: AbortSignal,
-  ): AsyncGenerator<WatchMessage> {
-    const { tenant, connection, heartbeatMs, maxBatchDelayMs } = request
-    let view = await this.#tail.activated(tenant, signal)
+  async watch(request: WatchRequest, signals: WatchSignals): Promise<Watcher> {
+    const { tenant, connection } = request
+    const { gone } = signals
+    let view = await this.#tail.activated(tenant, gone)
     // It may have been dropped since; from here on it is needed.
-    while (view !== this.#tail.view(tenant)) view = await this.#tail.activated(tenant, signal)
+    while (view !== this.#tail.view(tenant)) view = await this.#tail.activated(tenant, gone)
     const watched = this.#enter(tenant, connection, view)
     using entered = new DisposableStack()
     entered.defer(() => this.#leave(tenant, connection, watched))
     const position = view.position
-    let cursor = request.resumeAfter ?? position
+    const from = request.resumeAfter ?? position
     // Only a watcher that may be ahead of the log needs an answer of its own: of the others many may begin at once.
     const { revision, oldest } =
-      cursor > position ? await this.#source.bounds(tenant, signal) : await this.#boundsOf(tenant, watched)
-    if (cursor > Math.max(position, revision)) {
-      throw aheadOfLog('resume_after', cursor, revision)
+      from > position ? await this.#source.bounds(tenant, gone) : await this.#boundsOf(tenant, watched)
+    if (from > Math.max(position, revision)) {
+      throw aheadOfLog('resume_after', from, revision)
     }
-    const startedMs = this.#tail.now()
-    const sleeper = entered.use(new Sleeper(watched.sleeping, [signal, draining]))
-    yield { kind: 'started', position: cursor, oldestResumable: oldest - 1, heartbeatMs }
-    // Timers run in real time, so what paces them does too; the view's clock decides what a heartbeat may claim.
-    let beatAtMs = performance.now()
-    // When the view had last heard of the log, as of the last moment at which the cursor had reached its position.
-    let provenMs = Number.NEGATIVE_INFINITY
-    for (;;) {
-      if (draining.aborted) {
-        yield { kind: 'draining', position: cursor }
-        throw draining.reason
-      }
-      signal.throwIfAborted()
-      const { position: end } = view
-      if (cursor >= end) provenMs = view.heardMs
-      // No batch puts a heartbeat off: it alone tells how current the stream is. There is none while this instance does
-      // not hear of the log itself, or the watcher has fallen behind.
-      const dueInMs = beatAtMs + heartbeatMs - performance.now()
-      if (dueInMs <= 0 && this.#tail.now() - provenMs <= HEARD_BOUND_MS) {
-        yield { kind: 'heartbeat', revision: cursor, heardMs: provenMs - startedMs }
-        beatAtMs = performance.now()
-        continue
-      }
-      if (cursor >= end) {
-        const woken = await sleeper.sleep(Math.max(dueInMs, MIN_PAUSE_MS))
-        if (woken && maxBatchDelayMs > 0) await pause(maxBatchDelayMs, signal, draining)
-        continue
-      }
-      const rows: readonly LogEntry[] =
-        cursor >= watched.ring.base
-          ? watched.ring.after(cursor)
-          : await this.#behind(tenant, cursor, end, signal)
-      const next = rows[0]
-      if (next === undefined || next.revision > cursor + 1) {
-        const through = next === undefined ? end : next.revision - 1
-        this.#metrics.gapsSent++
-        yield { kind: 'gap', after: cursor, through }
-        cursor = through
-        continue
-      }
-      cursor = rows.at(-1)?.revision ?? cursor
-      if (cursor >= view.position) provenMs = view.heardMs
-      const wanted = select(rows, request)
-      if (wanted.length === 0) continue
-      yield { kind: 'batch', rows: wanted }
-    }
+    const left = entered.move()
+    const watcher = new Watcher(request, signals, {
+      from,
+      oldestResumable: oldest - 1,
+      view,
+      ring: watched.ring,
+      now: () => this.#tail.now(),
+      metrics: this.#metrics,
+      behind: (cursor, end) => this.#behind(tenant, cursor, end, gone),
+      leave: () => {
+        watched.following.delete(watcher)
+        left.dispose()
+      },
+    })
+    watched.following.add(watcher)
+    return watcher
   }
 
   #boundsOf(tenant: string, watched: Watched): ReturnType<LogSource['bounds']> {
@@ -363,8 +346,29 @@ export class Subscriptions implements Follower {
     return firstBatch(hole < 0 ? known : known.slice(0, hole), 0)
   }
 
-  #wake({ sleeping }: Watched): void {
-    for (const sleeper of sleeping) sleeper.wake()
+  /** At the end of the turn, so that rows that are applied together travel together. */
+  #wake(watched: Watched): void {
+    watched.news = true
+    if (watched.telling) return
+    watched.telling = true
+    setImmediate(() => this.#tell(watched, NOBODY))
+  }
+
+  /** Tells the rest of those who follow, and then, when there is news again, all of them. */
+  #tell(watched: Watched, rest: Iterator<Watcher, undefined>): void {
+    let left = rest
+    for (let told = 0; told < TOLD_PER_TURN; told++) {
+      let { value } = left.next()
+      if (value === undefined) {
+        watched.telling = watched.news
+        if (!watched.news) return
+        watched.news = false
+        left = watched.following.values()
+        value = left.next().value
+      }
+      value?.tell()
+    }
+    setImmediate(() => this.#tell(watched, left))
   }
 
   #enter(tenant: string, connection: string, view: View): Watched {
@@ -373,7 +377,9 @@ export class Subscriptions implements Follower {
       ring: new Ring(view.position, this.#limits),
       watchers: 0,
       bounds: undefined,
-      sleeping: new Set(),
+      following: new Set<Watcher>(),
+      news: false,
+      telling: false,
     }
     const onConnection = this.#connections.get(connection) ?? 0
     const tooManyTenants = watched.watchers === 0 && this.#tenants.size >= this.#limits.tenants
@@ -417,73 +423,154 @@ function select(rows: readonly LogEntry[], request: WatchRequest): readonly LogE
   })
 }
 
+const NOBODY: Iterator<Watcher, undefined> = new Set<Watcher>().values()
+
+/** Of the log, as one watcher sees it. */
+interface WatchedLog {
+  readonly from: Revision
+  readonly oldestResumable: Revision
+  readonly view: View
+  readonly ring: Ring
+  readonly now: () => number
+  readonly metrics: Metrics
+  /** Rows that the ring has left behind. */
+  readonly behind: (cursor: Revision, end: Revision) => Promise<readonly LogEntry[]>
+  readonly leave: () => void
+}
+
 /**
- * What one watcher waits with. Its timer and its listeners outlive a wait, since watchers are woken for every row: the
- * signals are those of many, and to leave one of them means to look through all who listen to it.
+ * One watcher. It is asked for a message when the last one has been taken, and answers at once: with a message, or with none,
+ * and then it wakes who has asked. So an event costs a watcher that keeps up two function calls, and no promise.
  */
-class Sleeper implements Disposable {
-  readonly #sleeping: Set<Sleeper>
-  readonly #signals: readonly AbortSignal[]
-  #wake: ((woken: boolean) => void) | undefined
+export class Watcher implements Disposable {
+  readonly #request: WatchRequest
+  readonly #signals: WatchSignals
+  readonly #log: WatchedLog
+  readonly #startedMs: number
+  /** What was sent last, or was of no concern. */
+  #cursor: Revision
+  /** When the view had last heard of the log, as of the last moment at which the cursor had reached its position. */
+  #provenMs = Number.NEGATIVE_INFINITY
+  #started = false
+  #saidDraining = false
+  /** Has been asked, had nothing, and will wake. */
+  #waiting = false
+  /** Lets rows wait for others. */
+  #delay: NodeJS.Timeout | undefined
+  /** Until the next heartbeat is due, or is tried again. */
   #timer: NodeJS.Timeout | undefined
-  /** When the timer goes off, by `performance.now()`. */
-  #dueMs = 0
-  readonly #aborted = () => this.wake()
+  /** `taken`: the last one has only just been, so that the time begins anew. */
+  #heartbeat: 'taken' | 'coming' | 'due' = 'taken'
+  /** Rows are being fetched that the ring has left behind. */
+  #fetching = false
+  /** They, and where the log ended when they were asked for. */
+  #fetched: { readonly rows: readonly LogEntry[]; readonly end: Revision } | undefined
+  #failure: { readonly error: unknown } | undefined
 
-  /** `sleeping`: all who sleep, this one among them while it does. */
-  constructor(sleeping: Set<Sleeper>, signals: readonly AbortSignal[]) {
-    this.#sleeping = sleeping
+  constructor(request: WatchRequest, signals: WatchSignals, log: WatchedLog) {
+    this.#request = request
     this.#signals = signals
-    for (const signal of signals) signal.addEventListener('abort', this.#aborted, { once: true })
+    this.#log = log
+    this.#cursor = log.from
+    this.#startedMs = log.now()
   }
 
-  /** Resolves with true when woken, or aborted; with false after `ms` milliseconds, or sooner. */
-  sleep(ms: number): Promise<boolean> {
-    if (this.#signals.some(({ aborted }) => aborted)) return Promise.resolve(true)
-    const dueMs = performance.now() + ms
-    if (this.#timer === undefined || this.#dueMs > dueMs) {
-      clearTimeout(this.#timer)
-      this.#dueMs = dueMs
-      this.#timer = setTimeout(() => {
-        this.#timer = undefined
-        this.#end(false)
-      }, ms)
+  /**
+   * The next message, or `undefined`: there is none, and it wakes when there may be. When the server drains, a last
+   * `draining` comes. Throws what ends the stream.
+   */
+  next(): WatchMessage | undefined {
+    const { view, ring, metrics, now, oldestResumable } = this.#log
+    const { heartbeatMs } = this.#request
+    this.#waiting = false
+    if (!this.#started) {
+      this.#started = true
+      return { kind: 'started', position: this.#cursor, oldestResumable, heartbeatMs }
     }
-    this.#sleeping.add(this)
-    return new Promise((resolve) => {
-      this.#wake = resolve
-    })
+    if (this.#heartbeat === 'taken') {
+      this.#heartbeat = 'coming'
+      this.#wakeIn(heartbeatMs)
+    }
+    for (;;) {
+      const cursor = this.#cursor
+      if (this.#signals.draining.aborted) {
+        if (this.#saidDraining) throw this.#signals.draining.reason
+        this.#saidDraining = true
+        return { kind: 'draining', position: cursor }
+      }
+      if (this.#failure !== undefined) throw this.#failure.error
+      if (this.#fetching) return undefined
+      const { position: end } = view
+      if (cursor >= end) this.#provenMs = view.heardMs
+      // No batch puts a heartbeat off: it alone tells how current the stream is. There is none while this instance does
+      // not hear of the log itself, or the watcher has fallen behind.
+      if (this.#heartbeat === 'due' && now() - this.#provenMs <= HEARD_BOUND_MS) {
+        this.#heartbeat = 'taken'
+        return { kind: 'heartbeat', revision: cursor, heardMs: this.#provenMs - this.#startedMs }
+      }
+      if (cursor >= end) {
+        this.#waiting = true
+        if (this.#heartbeat === 'due') this.#wakeIn(MIN_PAUSE_MS)
+        return undefined
+      }
+      const fetched = this.#fetched
+      if (fetched === undefined && cursor < ring.base) {
+        void this.#fetch(cursor, end)
+        return undefined
+      }
+      this.#fetched = undefined
+      const rows = fetched?.rows ?? ring.after(cursor)
+      const next = rows[0]
+      if (next === undefined || next.revision > cursor + 1) {
+        const through = next === undefined ? (fetched?.end ?? end) : next.revision - 1
+        metrics.gapsSent++
+        this.#cursor = through
+        return { kind: 'gap', after: cursor, through }
+      }
+      this.#cursor = rows.at(-1)?.revision ?? cursor
+      if (this.#cursor >= view.position) this.#provenMs = view.heardMs
+      const wanted = select(rows, this.#request)
+      if (wanted.length > 0) return { kind: 'batch', rows: wanted }
+    }
   }
 
-  wake(): void {
-    this.#end(true)
+  /** There are new rows. */
+  tell(): void {
+    if (!this.#waiting || this.#delay !== undefined) return
+    const { maxBatchDelayMs } = this.#request
+    if (maxBatchDelayMs > 0) this.#delay = setTimeout(this.#delayed, maxBatchDelayMs)
+    else this.#signals.wake()
   }
 
-  #end(woken: boolean): void {
-    this.#sleeping.delete(this)
-    this.#wake?.(woken)
-    this.#wake = undefined
+  readonly #delayed = () => {
+    this.#delay = undefined
+    this.#signals.wake()
+  }
+
+  /** After the time that is left to the next heartbeat, or of a pause before it is tried again. */
+  #wakeIn(ms: number): void {
+    clearTimeout(this.#timer)
+    this.#timer = setTimeout(() => {
+      this.#heartbeat = 'due'
+      if (this.#waiting && this.#delay === undefined) this.#signals.wake()
+    }, ms)
+  }
+
+  async #fetch(cursor: Revision, end: Revision): Promise<void> {
+    this.#fetching = true
+    try {
+      this.#fetched = { rows: await this.#log.behind(cursor, end), end }
+    } catch (error) {
+      this.#failure = { error }
+    }
+    this.#fetching = false
+    this.#signals.wake()
   }
 
   [Symbol.dispose](): void {
     clearTimeout(this.#timer)
-    this.#end(true)
-    for (const signal of this.#signals) signal.removeEventListener('abort', this.#aborted)
+    clearTimeout(this.#delay)
+    this.#waiting = false
+    this.#log.leave()
   }
-}
-
-/** Resolves after `ms` milliseconds, or when one of the signals aborts. */
-function pause(ms: number, ...signals: readonly AbortSignal[]): Promise<void> {
-  return new Promise((resolve) => {
-    const end = () => {
-      clearTimeout(timer)
-      for (const signal of signals) signal.removeEventListener('abort', end)
-      resolve()
-    }
-    const timer = setTimeout(end, ms)
-    for (const signal of signals) {
-      if (signal.aborted) return end()
-      signal.addEventListener('abort', end, { once: true })
-    }
-  })
 }

@@ -1,6 +1,6 @@
 /** One call: who asks, until when, and the frame in which every handler runs. */
 import { randomUUID } from 'node:crypto'
-import type { handleBidiStreamingCall, handleServerStreamingCall, ServerWritableStream } from '@grpc/grpc-js'
+import type { handleBidiStreamingCall } from '@grpc/grpc-js'
 import { status } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
@@ -219,90 +219,130 @@ export function unary<Request>(
   }
 }
 
-/**
- * A handler of a server stream: yields messages until it returns or throws. `gone` aborts when the caller went away, and
- * `draining` when the server is about to: then the handler says what it has to say, and throws the signal's reason.
- */
+/** What a server stream sends. Disposed of when the stream is over. */
+export interface Messages extends Disposable {
+  /** The next message, or `undefined`: there is none, and it wakes when there may be. Throws what ends the stream. */
+  next(): Reply | undefined
+}
+
+export interface StreamSignals {
+  /** Aborts when the stream is over, whoever has ended it. */
+  readonly gone: AbortSignal
+  /** Aborts when the server is about to drain: then messages end with the signal's reason. */
+  readonly draining: AbortSignal
+  /** Asks for a message where there was none before. */
+  readonly wake: () => void
+}
+
+/** A handler of a server stream: says at once or later what is sent, or throws. */
 export type StreamHandler<Request> = (
   request: Request,
   context: CallContext,
-  signals: { readonly gone: AbortSignal; readonly draining: AbortSignal },
-) => AsyncIterable<Reply>
+  signals: StreamSignals,
+) => Messages | Promise<Messages>
 
-/** The frame of every server stream. A slow reader holds the handler up: nothing is queued for it. */
+/**
+ * The frame of every server stream. A message is asked for when the one before has left for the network: nothing is queued
+ * for a slow reader. What is there when the handler wakes is written at once.
+ */
 export function serverStream<Request>(
   frame: CallFrame,
   method: string,
   handler: StreamHandler<Request>,
-): handleServerStreamingCall<Request | Malformed, Reply> {
+): UnaryMethod['handle'] {
   const rpc = frame.metrics.rpc(method)
   return (call) => {
     const account = new Account(frame, rpc, method, call, true)
-    account.receivedBytes = wireBytes(call.request)
+    account.receivedBytes = call.messageBytes
     const gone = new AbortController()
-    const leave = () => gone.abort(whyGone(call))
-    call.on('cancelled', leave)
-    call.on('close', leave)
-    call.on('error', leave)
-    const run = async () => {
-      let context: CallContext | undefined
-      let forgetCredential: (() => void) | undefined
+    let context: CallContext | undefined
+    let messages: Messages | undefined
+    let leaving = false
+    let weight = 0
+    let over = false
+    let deadline: NodeJS.Timeout | undefined
+    let forgetCredential: (() => void) | undefined
+
+    const fail = (error: unknown) => {
+      if (over) return
+      over = true
+      clearTimeout(deadline)
+      frame.draining.removeEventListener('abort', pump)
+      frame.hurrying.removeEventListener('abort', hurry)
+      forgetCredential?.()
+      messages?.[Symbol.dispose]()
+      gone.abort(error)
+      call.refuse(account.fail(context, error))
+    }
+    const release = () => {
+      frame.unsent.release(weight, context?.tenant ?? '')
+      weight = 0
+    }
+    const pump = () => {
+      if (over || leaving || messages === undefined) return
       try {
-        const identity = await admitted(frame, method, call)
-        context = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY, account.trace)
-        const request = wellFormed(call.request)
-        forgetCredential = whenCredentialEnds(identity, (why) => gone.abort(why))
-        const signals = { gone: gone.signal, draining: frame.draining }
-        const left = new Leaving(call, AbortSignal.any([gone.signal, frame.hurrying]))
-        for await (const reply of handler(request, context, signals)) {
-          const weight = weightOf(reply)
-          if (!frame.unsent.hasRoomFor(weight, identity.tenant)) throw tooMuchUnsent()
-          frame.unsent.add(weight, identity.tenant)
-          try {
-            account.sentBytes += reply.byteLength
-            await left.write(reply)
-          } finally {
-            frame.unsent.release(weight, identity.tenant)
-          }
-        }
-        gone.signal.throwIfAborted()
-        account.finish(context, status.OK)
-        call.end()
+        const reply = messages.next()
+        if (reply !== undefined) write(reply)
       } catch (error) {
-        call.emit('error', account.fail(context, error))
-      } finally {
-        forgetCredential?.()
+        fail(error)
       }
     }
-    void run()
-  }
-}
-
-/** Writes messages, each of which is waited for until it has left for the network, so that a slow reader holds one at most. */
-class Leaving {
-  readonly #call: ServerWritableStream<unknown, Reply>
-  /** Why all is given up. */
-  #why: unknown
-  #giveUp: ((why: unknown) => void) | undefined
-
-  /** `signal`: when it aborts, the message that has not left is given up, and so is every one after it. */
-  constructor(call: ServerWritableStream<unknown, Reply>, signal: AbortSignal) {
-    this.#call = call
-    // Once for all messages: to listen, and to ask a signal that is made of several, costs more than to write.
-    const giveUp = () => {
-      this.#why = signal.reason
-      this.#giveUp?.(signal.reason)
+    const write = (reply: Reply) => {
+      const tenant = context?.tenant ?? ''
+      weight = weightOf(reply)
+      if (!frame.unsent.hasRoomFor(weight, tenant)) {
+        weight = 0
+        throw tooMuchUnsent()
+      }
+      frame.unsent.add(weight, tenant)
+      account.sentBytes += reply.byteLength
+      leaving = true
+      call.write(reply, left)
     }
-    signal.addEventListener('abort', giveUp, { once: true })
-    if (signal.aborted) giveUp()
-  }
+    const left = (error?: Error | null) => {
+      release()
+      if (error) return
+      leaving = false
+      pump()
+    }
+    const leave = () => {
+      release()
+      fail(whyGone(call))
+    }
+    const hurry = () => fail(frame.hurrying.reason)
+    const begin = (begun: Messages) => {
+      messages = begun
+      if (over) begun[Symbol.dispose]()
+      else pump()
+    }
+    const run = (identity: Identity) => {
+      if (over) return
+      context = new CallContext(call, identity.tenant, Number.POSITIVE_INFINITY, account.trace)
+      forgetCredential = whenCredentialEnds(identity, fail)
+      if (over) return forgetCredential()
+      const request = wellFormed(call.request as Request | Malformed)
+      const begun = handler(request, context, { gone: gone.signal, draining: frame.draining, wake: pump })
+      if (begun instanceof Promise) begun.then(begin, fail)
+      else begin(begun)
+    }
 
-  write(reply: Reply): Promise<void> {
-    if (this.#why !== undefined) throw this.#why
-    return new Promise((resolve, reject) => {
-      this.#giveUp = reject
-      this.#call.write(reply, () => resolve())
-    })
+    call.on('cancelled', leave)
+    call.whenClosed(release)
+    const leftNowMs = leftMs(call)
+    if (leftNowMs !== Number.POSITIVE_INFINITY) {
+      deadline = setTimeout(() => fail(deadlinePassed()), Math.max(0, leftNowMs))
+    }
+    // A message that has not left by then is given up.
+    frame.hurrying.addEventListener('abort', hurry, { once: true })
+    frame.draining.addEventListener('abort', pump, { once: true })
+    try {
+      frame.hurrying.throwIfAborted()
+      const identity = admitted(frame, method, call)
+      if (identity instanceof Promise) identity.then(run).catch(fail)
+      else run(identity)
+    } catch (error) {
+      fail(error)
+    }
   }
 }
 

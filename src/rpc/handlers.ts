@@ -1,6 +1,5 @@
 /** The RPCs of `ItemCacheService`: check the request, call the service, encode the answer. */
 import { createHash } from 'node:crypto'
-import { setTimeout as sleep } from 'node:timers/promises'
 import {
   create,
   type DescMessage,
@@ -108,13 +107,13 @@ export interface Services {
 /** Full name of a method, as metrics and logs show it. */
 export const methodName = (method: string): string => `${ItemCacheService.typeName}/${method}`
 
-/** Every RPC: the streams as grpc-js wants them, and how each unary call is handled, by their names in the proto. */
+/** Every RPC: what grpc-js calls, as it wants it, and how each call with one request message is handled, by their names in the proto. */
 export function implementation(
   frame: CallFrame,
   services: Services,
 ): {
-  readonly streams: UntypedServiceImplementation
-  readonly unary: Readonly<Record<string, UnaryMethod['handle']>>
+  readonly grpcJs: UntypedServiceImplementation
+  readonly direct: Readonly<Record<string, UnaryMethod['handle']>>
 } {
   const { reader, writer, postgres, inspected, subscriptions } = services
 
@@ -358,16 +357,30 @@ export function implementation(
   const metrics = ({ includeBuckets }: GetMetricsRequest | WatchMetricsRequest) =>
     metricsMessage(frame.metrics.snapshot(includeBuckets))
 
-  const watchMetrics: StreamHandler<WatchMetricsRequest> = async function* (request, _, signals) {
-    const signal = AbortSignal.any([signals.gone, signals.draining])
+  const watchMetrics: StreamHandler<WatchMetricsRequest> = (request, _, { draining, wake }) => {
     const violations = new Violations()
     const intervalMs =
       request.interval === undefined ? 1000 : durationMs(request.interval, 'interval', violations)
     violations.check(intervalMs >= 100 && intervalMs <= 3_600_000, 'interval', 'must be 100 ms to 1 h')
     violations.throwIfAny()
-    for (;;) {
-      yield encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
-      await sleep(intervalMs, undefined, { signal }).catch(() => signal.throwIfAborted())
+    let isDue = true
+    let timer: NodeJS.Timeout | undefined
+    const due = () => {
+      isDue = true
+      timer = undefined
+      wake()
+    }
+    return {
+      next() {
+        draining.throwIfAborted()
+        if (!isDue) {
+          timer ??= setTimeout(due, intervalMs)
+          return undefined
+        }
+        isDue = false
+        return encoded(WatchMetricsResponseSchema, { snapshot: metrics(request) })
+      },
+      [Symbol.dispose]: () => clearTimeout(timer),
     }
   }
 
@@ -377,7 +390,7 @@ export function implementation(
   ) => unary(frame, methodName(method), handler)
 
   return {
-    unary: {
+    direct: {
       GetItem: on('GetItem', getItem),
       BatchGetItems: on('BatchGetItems', batchGetItems),
       ListItems: on('ListItems', listItems),
@@ -389,15 +402,15 @@ export function implementation(
       GetMetrics: on('GetMetrics', (request: GetMetricsRequest) =>
         encoded(GetMetricsResponseSchema, { snapshot: metrics(request) }),
       ),
-    },
-    streams: {
-      StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
       WatchMetrics: serverStream(frame, methodName('WatchMetrics'), watchMetrics),
       WatchInvalidations: serverStream(
         frame,
         methodName('WatchInvalidations'),
         watchInvalidations(subscriptions, reader, frame.unsent.maxBytes / 4),
       ),
+    },
+    grpcJs: {
+      StreamItems: lookUpStream(frame, methodName('StreamItems'), streamItem),
     },
   }
 }

@@ -28,8 +28,8 @@ export type MethodKind = 'unary' | 'serverStream' | 'bidi' | undefined
 
 export interface IntakeOptions {
   readonly kindOf: (path: string) => MethodKind
-  /** The unary methods that are called from here, by path. What is not among them is grpc-js'. */
-  readonly unary: ReadonlyMap<string, UnaryMethod>
+  /** The methods that are called from here, by path. What is not among them is grpc-js'. */
+  readonly direct: ReadonlyMap<string, UnaryMethod>
   /** How long a request may take to arrive, and, again, how long a unary call may take from then on. */
   readonly maxDeadlineMs: number
   /** What is held of requests that are being received on one connection. */
@@ -186,7 +186,7 @@ export class Intake implements Disposable {
     showRepeatedCredentials(headers, raw)
 
     this.#calls.add(call)
-    const method = this.#options.unary.get(path)
+    const method = this.#options.direct.get(path)
     const unary =
       method &&
       new UnaryCall(
@@ -378,7 +378,7 @@ class Call implements CallOwner {
   readonly #intake: Intake
   /** What grpc-js made of it; `undefined` while it has not. */
   taken: ServerInterceptingCallInterface | undefined
-  /** What was made of it here. */
+  /** What was made of it here: a unary call, or a server stream. */
   unary: UnaryCall | undefined
   /** It has been answered without its handler, and what still comes is dropped. */
   refused = false

@@ -66,10 +66,10 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   const frame: CallFrame = { ...options.frame, draining: draining.signal, hurrying: hurrying.signal }
   quiet(frame.log)
   const definition = grpcDefinition(ItemCacheService)
-  const { streams, unary } = implementation(frame, services)
+  const { grpcJs: handledByGrpcJs, direct } = implementation(frame, services)
   const intake = new Intake({
     kindOf: (path) => grpcJs.handlers.get(path)?.type,
-    unary: unaryMethods(definition, unary, grpc.maxMessageBytes),
+    direct: directMethods(definition, direct, grpc.maxMessageBytes),
     maxDeadlineMs: frame.maxDeadlineMs,
     maxConnectionBytes: grpc.maxSessionMemoryBytes,
     maxBytes: grpc.maxRequestMemoryBytes,
@@ -102,7 +102,7 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
     intake.guard(http2)
     return http2
   }
-  server.addService(definition, streams)
+  server.addService(definition, handledByGrpcJs)
   const health = new HealthImplementation({ '': 'SERVING', [ItemCacheService.typeName]: 'SERVING' })
   const watchedNames = forgetStrangers(health)
   health.addToServer(server)
@@ -164,8 +164,8 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
   }
 }
 
-/** The unary methods by their paths. */
-function unaryMethods(
+/** The methods that are answered from their HTTP/2 streams, by their paths. */
+function directMethods(
   definition: ServiceDefinition,
   handlers: Readonly<Record<string, UnaryMethod['handle']>>,
   maxRequestBytes: number,

@@ -17,7 +17,7 @@ export class Malformed {
 /** What a handler answers: a message, encoded. */
 export type Reply = Uint8Array | Framed
 
-/** How many bytes a request of a stream took, framing left out, for the metrics. */
+/** How many bytes a request among many of a stream took, framing left out, for the metrics. */
 export const wireBytes = (request: unknown): number => (request as Sized)[WIRE_BYTES] ?? 0
 
 const WIRE_BYTES = Symbol('wire bytes')
@@ -59,7 +59,9 @@ export function grpcDefinition(service: DescService): ServiceDefinition {
         responseStream: method.methodKind === 'server_streaming' || method.methodKind === 'bidi_streaming',
         requestSerialize: asBuffer,
         requestDeserialize:
-          method.methodKind === 'unary' ? deserializer(method.input) : sized(deserializer(method.input)),
+          method.methodKind === 'bidi_streaming'
+            ? sized(deserializer(method.input))
+            : deserializer(method.input),
         responseSerialize: serialize,
         responseDeserialize: deserializer(method.output),
       },

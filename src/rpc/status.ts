@@ -118,15 +118,18 @@ export function toStatus(error: ItemCacheError, cache?: Uint8Array): Status {
 export const ACCEPTED_ENCODINGS = 'identity,deflate,gzip'
 
 /** A status as the headers of an answer without a message. */
-export function trailersOnly({ code, details, metadata }: Status): OutgoingHttpHeaders {
+export function trailersOnly(status: Status): OutgoingHttpHeaders {
   return {
     ':status': 200,
     'content-type': 'application/grpc+proto',
-    'grpc-status': code,
-    'grpc-message': encodeURI(details),
     'grpc-accept-encoding': ACCEPTED_ENCODINGS,
-    ...metadata.toHttp2Headers(),
+    ...trailers(status),
   }
+}
+
+/** A status as the end of an answer that has begun. */
+export function trailers({ code, details, metadata }: Status): OutgoingHttpHeaders {
+  return { 'grpc-status': code, 'grpc-message': encodeURI(details), ...metadata.toHttp2Headers() }
 }
 
 /** The first violations, as many as the details of an error have room for. */

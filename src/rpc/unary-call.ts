@@ -1,7 +1,8 @@
 /**
- * Unary calls, from their HTTP/2 streams on. grpc-js makes a writable stream, a deadline timer, metadata in a map and a
- * dozen closures for each, which a hot read would spend more on than on being read (docs/performance.md). HTTP/2 itself,
- * connections, TLS, keepalive and all streaming calls are grpc-js' own.
+ * Calls with one request message, from their HTTP/2 streams on: unary calls and server streams. grpc-js makes a writable
+ * stream, a deadline timer, metadata in a map and a dozen closures for each, which a hot read would spend more on than on
+ * being read, and copies each message of a stream for each of its readers (docs/performance.md). HTTP/2 itself,
+ * connections, TLS, keepalive and streams of requests are grpc-js' own.
  *
  * The protocol: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
  */
@@ -9,10 +10,10 @@ import { constants, type IncomingHttpHeaders, type ServerHttp2Stream } from 'nod
 import { gunzip, inflate } from 'node:zlib'
 import { ItemCacheError } from '../errors.ts'
 import type { Reply } from './service-definition.ts'
-import { ACCEPTED_ENCODINGS, type Status, trailersOnly } from './status.ts'
-import { Framed, PREFIX_BYTES } from './wire.ts'
+import { ACCEPTED_ENCODINGS, type Status, trailers, trailersOnly } from './status.ts'
+import { Framed, framed, PREFIX_BYTES } from './wire.ts'
 
-/** A method that is called with one message and answers one. */
+/** A method that is called with one message. */
 export interface UnaryMethod {
   readonly maxRequestBytes: number
   readonly decode: (message: Buffer) => unknown
@@ -35,7 +36,7 @@ const RESPONSE_HEADERS = {
 const WITH_TRAILERS = { waitForTrailers: true }
 const OK_TRAILERS = { 'grpc-status': '0' }
 
-/** One call. It is answered once: what comes after the first answer is ignored. */
+/** One call. It is answered once, by `reply` or by any number of `write` and `refuse`: what comes afterwards is ignored. */
 export class UnaryCall {
   readonly metadata: CallHeaders
   /** The decoded message. */
@@ -54,6 +55,8 @@ export class UnaryCall {
   /** Of the message; -1: not known yet. */
   #length = -1
   #answered = false
+  /** Its headers have been sent, and messages may follow. */
+  #begun = false
   #whenCancelled: (() => void)[] | undefined
   #whenClosed: (() => void)[] | undefined
 
@@ -146,19 +149,39 @@ export class UnaryCall {
 
   reply(reply: Reply): void {
     if (!this.#mayAnswer()) return
-    const frame = reply instanceof Framed ? reply.bytes : framed(reply)
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     this.#stream.on('wantTrailers', sendOk)
     if (reply instanceof Framed && reply.isLent) {
       // A write calls back when the socket has taken all of it.
-      this.#stream.write(frame, (error) => reply.sent(error))
+      this.#stream.write(reply.bytes, (error) => reply.sent(error))
       this.#stream.end()
-    } else this.#stream.end(frame)
+    } else this.#stream.end(frameOf(reply))
   }
 
+  /**
+   * One of many messages, as it is when it is framed: many calls may be sent the same bytes. `left` is called when the network
+   * has taken them, or with why it will not; not always when the caller goes away.
+   */
+  write(reply: Reply, left: (error?: Error | null) => void): void {
+    if (this.#answered) return
+    const stream = this.#stream
+    // Asked once: what is written to a stream that is closed later only fails.
+    if (!this.#begun) {
+      if (stream.destroyed || stream.closed) return
+      this.#begun = true
+      stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
+    }
+    stream.write(frameOf(reply), left)
+  }
+
+  /** Ends the call, after what has been written. */
   refuse(status: Status): void {
     if (!this.#mayAnswer()) return
-    this.#stream.respond(trailersOnly(status), { endStream: true })
+    const stream = this.#stream
+    if (this.#begun) {
+      stream.once('wantTrailers', () => stream.sendTrailers(trailers(status)))
+      stream.end()
+    } else stream.respond(trailersOnly(status), { endStream: true })
   }
 
   #mayAnswer(): boolean {
@@ -215,11 +238,7 @@ const UNPACKERS = new Map([
   ['deflate', inflate],
 ])
 
-function framed(message: Uint8Array): Buffer {
-  const prefix = Buffer.alloc(PREFIX_BYTES)
-  prefix.writeUInt32BE(message.byteLength, 1)
-  return Buffer.concat([prefix, message])
-}
+const frameOf = (reply: Reply): Buffer => (reply instanceof Framed ? reply : framed(reply)).bytes
 
 function sendOk(this: ServerHttp2Stream): void {
   this.sendTrailers(OK_TRAILERS)

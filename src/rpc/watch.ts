@@ -10,12 +10,10 @@ import {
   WatchInvalidationsResponseSchema,
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions, WatchMessage, WatchRequest } from '../invalidation/subscriptions.ts'
-import { untilAborted } from '../invalidation/tail.ts'
 import { LIMITS } from '../item.ts'
 import { DEFAULT_READ, type Reader } from '../service/read.ts'
 import type { LogEntry } from '../tiers/tier.ts'
 import type { CallContext, StreamHandler } from './call.ts'
-import type { Reply } from './service-definition.ts'
 import { toDuration } from './status.ts'
 import {
   checkId,
@@ -26,6 +24,7 @@ import {
   toRevision,
   Violations,
 } from './validate.ts'
+import { type Framed, framed } from './wire.ts'
 
 const DEFAULT_HEARTBEAT_MS = 500
 /** `include_items` adds items to a batch up to this many bytes, so that a message stays below a client's 4 MiB. */
@@ -40,9 +39,9 @@ export function watchInvalidations(
   maxUntakenBytes: number,
 ): StreamHandler<WatchInvalidationsRequest> {
   // Watchers that wake together at the same cursor share what is being read and encoded for them.
-  const underWay = new Map<readonly LogEntry[], Promise<Uint8Array>>()
+  const underWay = new Map<readonly LogEntry[], Promise<Framed>>()
   let untakenBytes = 0
-  const withItems = (tenant: string, rows: readonly LogEntry[]): Promise<Uint8Array> => {
+  const withItems = (tenant: string, rows: readonly LogEntry[]): Promise<Framed> => {
     const bytes =
       underWay.get(rows) ?? itemsOf(rows, tenant, reader).then((items) => encodeBatch(rows, items))
     if (!underWay.has(rows)) {
@@ -52,24 +51,57 @@ export function watchInvalidations(
     }
     return bytes
   }
-  return async function* (request, context, { gone, draining }) {
+  return async (request, context, signals) => {
     const watch = watchRequest(request, context)
-    for await (const message of subscriptions.watch(watch, gone, draining)) {
-      if (message.kind !== 'batch' || !request.includeItems) {
-        yield encode(message)
-        continue
+    const watcher = await subscriptions.watch(watch, signals)
+    if (!request.includeItems) {
+      const next = () => {
+        const message = watcher.next()
+        return message && encode(message)
       }
-      const bytes = await untilAborted(withItems(watch.tenant, message.rows), gone)
-      if (untakenBytes + bytes.byteLength > maxUntakenBytes) {
-        yield encode(message)
-        continue
-      }
-      untakenBytes += bytes.byteLength
-      try {
-        yield bytes
-      } finally {
-        untakenBytes -= bytes.byteLength
-      }
+      return { next, [Symbol.dispose]: () => watcher[Symbol.dispose]() }
+    }
+    let batch: Batch | undefined
+    /** What it was made, once its items have been read. */
+    let carrying: { readonly reply: Framed } | { readonly error: unknown } | undefined
+    /** Of the batch that was given last. */
+    let givenBytes = 0
+    const take = () => {
+      untakenBytes -= givenBytes
+      givenBytes = 0
+    }
+    return {
+      next() {
+        take()
+        if (batch === undefined) {
+          const message = watcher.next()
+          if (message?.kind !== 'batch') return message && encode(message)
+          batch = message
+          withItems(watch.tenant, message.rows)
+            .then(
+              (reply) => {
+                carrying = { reply }
+              },
+              (error) => {
+                carrying = { error }
+              },
+            )
+            .then(signals.wake)
+        }
+        if (carrying === undefined) return undefined
+        if ('error' in carrying) throw carrying.error
+        const [{ reply }, bare] = [carrying, batch]
+        batch = undefined
+        carrying = undefined
+        if (untakenBytes + reply.byteLength > maxUntakenBytes) return encode(bare)
+        givenBytes = reply.byteLength
+        untakenBytes += givenBytes
+        return reply
+      },
+      [Symbol.dispose]() {
+        take()
+        watcher[Symbol.dispose]()
+      },
     }
   }
 }
@@ -111,10 +143,12 @@ function watchRequest(request: WatchInvalidationsRequest, context: CallContext):
   }
 }
 
-/** Batches that were encoded before: watchers at the same cursor share the array of rows. */
-const encoded = new WeakMap<readonly LogEntry[], Uint8Array>()
+type Batch = WatchMessage & { readonly kind: 'batch' }
 
-function encode(message: WatchMessage): Reply {
+/** Batches that were encoded before: watchers at the same cursor share the array of rows, and so the bytes that are written. */
+const encoded = new WeakMap<readonly LogEntry[], Framed>()
+
+function encode(message: WatchMessage): Framed {
   switch (message.kind) {
     case 'batch': {
       let bytes = encoded.get(message.rows)
@@ -145,8 +179,11 @@ function encode(message: WatchMessage): Reply {
   }
 }
 
-function event(init: NonNullable<MessageInitShape<typeof WatchInvalidationsResponseSchema>['event']>): Reply {
-  return toBinary(WatchInvalidationsResponseSchema, create(WatchInvalidationsResponseSchema, { event: init }))
+function event(
+  init: NonNullable<MessageInitShape<typeof WatchInvalidationsResponseSchema>['event']>,
+): Framed {
+  const message = create(WatchInvalidationsResponseSchema, { event: init })
+  return framed(toBinary(WatchInvalidationsResponseSchema, message))
 }
 
 /** Rounded down, also below zero: a heartbeat must not claim more than is known. */
@@ -159,10 +196,7 @@ const BATCH_FIELD = 2
 const EVENTS_FIELD = 1
 const ITEMS_FIELD = 6
 
-function encodeBatch(
-  rows: readonly LogEntry[],
-  items: ReadonlyMap<string, Uint8Array> | undefined,
-): Uint8Array {
+function encodeBatch(rows: readonly LogEntry[], items: ReadonlyMap<string, Uint8Array> | undefined): Framed {
   const newest = items === undefined ? undefined : newestRows(rows)
   const writer = new BinaryWriter()
   writer.tag(BATCH_FIELD, WireType.LengthDelimited).fork()
@@ -175,7 +209,7 @@ function encodeBatch(
     }
     writer.join()
   }
-  return writer.join().finish()
+  return framed(writer.join().finish())
 }
 
 /** The last row that has written each item. */

@@ -88,6 +88,15 @@ class Frames {
 
 const FRAMES = new Frames()
 
+/** A copy of an encoded message with what gRPC puts before it. */
+export function framed(message: Uint8Array): Framed {
+  const frame = Buffer.allocUnsafe(PREFIX_BYTES + message.byteLength)
+  frame[0] = 0
+  frame.writeUInt32BE(message.byteLength, 1)
+  frame.set(message, PREFIX_BYTES)
+  return new Framed(frame)
+}
+
 /** What a writer keeps for the next message. */
 const KEPT_BYTES = 256 * 1024
 

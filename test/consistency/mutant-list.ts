@@ -753,8 +753,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: STREAMS,
-        find: `yield { kind: 'heartbeat', revision: cursor, heardMs`,
-        put: `yield { kind: 'heartbeat', revision: cursor + 1, heardMs`,
+        find: `return { kind: 'heartbeat', revision: cursor, heardMs`,
+        put: `return { kind: 'heartbeat', revision: cursor + 1, heardMs`,
       },
     ],
     profile: calm({}),

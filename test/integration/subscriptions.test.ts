@@ -1,5 +1,8 @@
 /** Subscriptions on a real log. The tail is not started: it looks only when a test says so. */
+import { setImmediate as turn } from 'node:timers/promises'
+import { create } from '@bufbuild/protobuf'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { WatchInvalidationsRequestSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import {
   type SubscriptionLimits,
   Subscriptions,
@@ -9,7 +12,12 @@ import {
 import { Tail } from '../../src/invalidation/tail.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
+import type { CallContext } from '../../src/rpc/call.ts'
+import { watchInvalidations } from '../../src/rpc/watch.ts'
+import { Framed } from '../../src/rpc/wire.ts'
+import type { Reader } from '../../src/service/read.ts'
 import type { LogEntry, Revision } from '../../src/tiers/tier.ts'
+import { watched } from '../support/watched.ts'
 import { newTenant, openStore, type Store } from './postgres-fixture.ts'
 
 let store: Store
@@ -57,22 +65,27 @@ class Bed implements AsyncDisposable {
     })
   }
 
+  request(request: Partial<WatchRequest> = {}): WatchRequest {
+    return {
+      tenant: this.tenant,
+      resumeAfter: undefined,
+      ids: new Set(),
+      tags: new Set(),
+      heartbeatMs: 60_000,
+      maxBatchDelayMs: 0,
+      exceptWriter: undefined,
+      connection: 'one',
+      ...request,
+    }
+  }
+
+  follow(wake: () => void) {
+    const { gone, draining } = this
+    return this.subscriptions.watch(this.request(), { gone: gone.signal, draining: draining.signal, wake })
+  }
+
   watch(request: Partial<WatchRequest> = {}) {
-    return this.subscriptions.watch(
-      {
-        tenant: this.tenant,
-        resumeAfter: undefined,
-        ids: new Set(),
-        tags: new Set(),
-        heartbeatMs: 60_000,
-        maxBatchDelayMs: 0,
-        exceptWriter: undefined,
-        connection: 'one',
-        ...request,
-      },
-      this.gone.signal,
-      this.draining.signal,
-    )
+    return watched(this.subscriptions, this.request(request), this.gone.signal, this.draining.signal)
   }
 
   /** A watcher that has been told `started`. */
@@ -155,6 +168,59 @@ describe('a watcher', () => {
     expect(await batch(one)).toBe(await batch(two))
     await bed.write(5)
     expect(await batch(two)).toBe(await batch(one))
+  })
+
+  test('is sent the same bytes as another at the same place, gRPC’s prefix among them', async () => {
+    await using bed = new Bed()
+    const handler = watchInvalidations(bed.subscriptions, {} as Reader, 1e6)
+    const begin = () =>
+      handler(
+        create(WatchInvalidationsRequestSchema, { heartbeatInterval: { seconds: 60n } }),
+        { tenant: bed.tenant, peer: 'one' } as CallContext,
+        { gone: bed.gone.signal, draining: bed.draining.signal, wake: () => {} },
+      )
+    using one = await begin()
+    using two = await begin()
+    for (const messages of [one, two]) expect(messages.next()).toBeInstanceOf(Framed)
+    await bed.write(3)
+    const sent = one.next()
+    expect(sent).toBeInstanceOf(Framed)
+    expect(two.next()).toBe(sent)
+    expect(one.next()).toBeUndefined()
+  })
+
+  test('is woken, among hundreds, for whatever comes whenever it comes, and gets each revision once', async () => {
+    const WATCHERS = 600
+    await using bed = new Bed({ watchersPerTenant: WATCHERS, watchersPerConnection: WATCHERS })
+    const watching = await Promise.all(Array.from({ length: WATCHERS }, () => bed.watching()))
+    const position = watching[0]?.position ?? Number.NaN
+    const received = watching.map(({ stream }) => revisions(stream, 60))
+    for (let n = 0; n < 20; n++) await bed.write(3)
+    for (const one of await Promise.all(received)) expect(one).toEqual(following(position, 60))
+  })
+
+  test('is woken once for what is applied together', async () => {
+    await using bed = new Bed()
+    let woken = 0
+    const wake = () => {
+      woken++
+    }
+    using watcher = await bed.follow(wake)
+    expect(watcher.next()).toMatchObject({ kind: 'started' })
+    expect(watcher.next()).toBeUndefined()
+    await bed.write(50)
+    await expect.poll(() => woken).toBe(1)
+    expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 50 } })
+    // Who has not been told that there is nothing is not waiting.
+    await bed.write(1)
+    await turn()
+    expect(woken).toBe(1)
+    expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 1 } })
+    expect(watcher.next()).toBeUndefined()
+    watcher[Symbol.dispose]()
+    await bed.write(1)
+    await turn()
+    expect(woken).toBe(1)
   })
 
   test('that falls behind the ring is served from PostgreSQL, and then from the ring again', async () => {

@@ -10,6 +10,7 @@ import { Metrics } from '../../src/observe/metrics.ts'
 import { Flights, type Group } from '../../src/service/flights.ts'
 import { Probe, type ProbeOptions } from '../../src/service/probe.ts'
 import type { Copy, LogPage, LogSource, Snapshot } from '../../src/tiers/tier.ts'
+import { watched } from '../support/watched.ts'
 
 const busy = (action: () => unknown): string | undefined => {
   try {
@@ -174,7 +175,8 @@ describe('what many tenants make an instance keep', () => {
     await tail.start()
     const gone = new AbortController()
     const watch = async (tenant: string, resumeAfter?: number) => {
-      const stream = subscriptions.watch(
+      const stream = watched(
+        subscriptions,
         {
           tenant,
           resumeAfter,

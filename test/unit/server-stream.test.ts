@@ -1,40 +1,46 @@
-import { EventEmitter } from 'node:events'
-import { Metadata, status } from '@grpc/grpc-js'
+import { status } from '@grpc/grpc-js'
 import { expect, test } from 'vitest'
 import { ItemCacheError } from '../../src/errors.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import { RequestLog } from '../../src/observe/request-log.ts'
 import { startAuth } from '../../src/rpc/auth.ts'
-import { serverStream } from '../../src/rpc/call.ts'
+import { type Messages, type StreamSignals, serverStream } from '../../src/rpc/call.ts'
 import { Unsent } from '../../src/rpc/unsent.ts'
 
 /** A call whose reader takes a message when the test says so. */
-class SlowCall extends EventEmitter {
+class SlowCall {
   readonly request = {}
-  readonly metadata = new Metadata()
+  readonly metadata = { get: () => [] }
+  readonly messageBytes = 0
   readonly cancelled = false
   readonly messages: unknown[] = []
-  ended = false
-  take = () => {}
+  readonly failed = Promise.withResolvers<{ code: number }>()
+  deadlineMs = Number.POSITIVE_INFINITY
+  take: (error?: Error) => void = () => {}
+  leave = () => {}
+  close = () => {}
 
-  getDeadline = () => Number.POSITIVE_INFINITY
+  getDeadline = () => this.deadlineMs
   getPeer = () => '127.0.0.1:1'
+  on(_: 'cancelled', tell: () => void) {
+    this.leave = tell
+  }
+  whenClosed(then: () => void) {
+    this.close = then
+    return true
+  }
   write(message: unknown, taken: () => void) {
     this.messages.push(message)
     this.take = taken
-    return false
   }
-  end() {
-    this.ended = true
-  }
+  refuse = this.failed.resolve
 }
 
 const DRAINING = new ItemCacheError('unavailable', 'the server is draining')
 const METHOD = 'itemcache.v1.ItemCacheService/WatchMetrics'
 
-/** A stream whose first message its reader has not taken when the server begins to drain. */
-function drainedStream() {
+function serve(call: SlowCall, handler: (signals: StreamSignals) => Messages | Promise<Messages>) {
   const [draining, hurrying] = [new AbortController(), new AbortController()]
   const log = createLogger({ level: 'silent', version: '0.0.0' })
   const frame = {
@@ -49,16 +55,22 @@ function drainedStream() {
     draining: draining.signal,
     hurrying: hurrying.signal,
   }
-  const call = new SlowCall()
-  const failed = Promise.withResolvers<{ code: number }>()
-  call.on('error', failed.resolve)
-  const handler = async function* () {
-    yield new Uint8Array([1])
-    if (draining.signal.aborted) yield new Uint8Array([2])
-    throw draining.signal.reason
-  }
-  serverStream(frame, METHOD, handler)(call as never)
-  return { call, failure: failed.promise, draining, hurrying }
+  serverStream(frame, METHOD, (_request, _context, signals) => handler(signals))(call as never)
+  return { ...frame, call, failure: call.failed.promise, draining, hurrying }
+}
+
+/** A stream whose first message its reader has not taken when the server begins to drain. */
+function drainedStream() {
+  return serve(new SlowCall(), ({ draining }) => {
+    const left = [new Uint8Array([1]), new Uint8Array([2])]
+    return {
+      next: () => {
+        if (left.length > 0) return left.shift()
+        throw draining.reason
+      },
+      [Symbol.dispose]: () => {},
+    }
+  })
 }
 
 test('a stream whose reader takes its message while the server drains is told the rest before it ends', async () => {
@@ -78,4 +90,101 @@ test('a stream whose reader takes nothing is given up when the server can wait n
   hurrying.abort(DRAINING)
   expect((await failure).code).toBe(status.UNAVAILABLE)
   expect(call.messages).toHaveLength(1)
+})
+
+/** A stream of what a test pushes. */
+function fedStream(call = new SlowCall()) {
+  const queue: Uint8Array[] = []
+  const fed = { queue, disposed: 0, asked: 0, wake: () => {} }
+  const served = serve(call, ({ wake }) => {
+    fed.wake = wake
+    return {
+      next: () => {
+        fed.asked++
+        return queue.shift()
+      },
+      [Symbol.dispose]: () => {
+        fed.disposed++
+      },
+    }
+  })
+  const push = (bytes: number) => {
+    queue.push(new Uint8Array(bytes))
+    fed.wake()
+  }
+  return { ...served, fed, push }
+}
+
+test('a message is written in the very turn in which it comes, and the one after it when that has left', () => {
+  const { call, push } = fedStream()
+  push(1)
+  expect(call.messages).toHaveLength(1)
+  push(2)
+  push(3)
+  expect(call.messages).toHaveLength(1)
+  call.take()
+  expect(call.messages).toHaveLength(2)
+  call.take()
+  expect(call.messages).toHaveLength(3)
+})
+
+test('a large message counts as unsent until it has left, or its reader has, and no longer', () => {
+  const { call, push, unsent, fed } = fedStream()
+  push(100_000)
+  expect(unsent.bytes).toBe(100_000)
+  call.take()
+  expect(unsent.bytes).toBe(0)
+  push(200_000)
+  expect(unsent.bytes).toBe(200_000)
+  call.leave()
+  call.close()
+  expect(unsent.bytes).toBe(0)
+  call.take(new Error('closed'))
+  expect(unsent.bytes).toBe(0)
+  expect(fed.disposed).toBe(1)
+})
+
+test('a stream is over when its reader leaves: it is counted once, and asked for nothing more', async () => {
+  const { call, push, fed, metrics, failure } = fedStream()
+  expect(metrics.openCalls).toBe(1)
+  push(1)
+  call.leave()
+  call.close()
+  expect((await failure).code).toBe(status.CANCELLED)
+  const { asked } = fed
+  call.take(new Error('closed'))
+  fed.wake()
+  expect(fed).toMatchObject({ asked, disposed: 1 })
+  expect(metrics.openCalls).toBe(0)
+  expect(metrics.rpc(METHOD).byStatus.get('CANCELLED')?.latency.count).toBe(1)
+})
+
+test('a stream ends at its deadline, also while its reader takes nothing', async () => {
+  const call = new SlowCall()
+  call.deadlineMs = Date.now() + 20
+  const { push, failure, fed } = fedStream(call)
+  push(1)
+  expect((await failure).code).toBe(status.DEADLINE_EXCEEDED)
+  expect(fed.disposed).toBe(1)
+})
+
+test('what begins only after its reader has left is disposed of', async () => {
+  const beginning = Promise.withResolvers<Messages>()
+  const { call, failure, metrics } = serve(new SlowCall(), () => beginning.promise)
+  call.leave()
+  expect((await failure).code).toBe(status.CANCELLED)
+  const disposed = Promise.withResolvers<void>()
+  beginning.resolve({ next: () => new Uint8Array(1), [Symbol.dispose]: () => disposed.resolve() })
+  await disposed.promise
+  expect(call.messages).toEqual([])
+  expect(metrics.openCalls).toBe(0)
+})
+
+test('a message that does not fit into what may be unsent ends the stream, and is not counted', async () => {
+  const { call, push, unsent, failure } = fedStream()
+  unsent.add(950_000, 'others')
+  push(100_000)
+  expect((await failure).code).toBe(status.RESOURCE_EXHAUSTED)
+  call.close()
+  expect(unsent.bytes).toBe(950_000)
 })
