@@ -16,11 +16,11 @@ import {
   single,
   whenCredentialEnds,
 } from './auth.ts'
+import type { DirectMethod } from './direct-call.ts'
 import type { Identity } from './identity.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { Malformed, type Reply, wireBytes } from './service-definition.ts'
 import { codeName, toItemCacheError, toStatus } from './status.ts'
-import type { UnaryMethod } from './unary-call.ts'
 import { tooMuchUnsent, type Unsent, weightOf } from './unsent.ts'
 
 /** What the frame of every call needs. */
@@ -179,7 +179,7 @@ export function unary<Request>(
   frame: CallFrame,
   method: string,
   handler: UnaryHandler<Request>,
-): UnaryMethod['handle'] {
+): DirectMethod['handle'] {
   const rpc = frame.metrics.rpc(method)
   const writes = isWrite(method)
   const answerLeft = () => {
@@ -249,7 +249,7 @@ export function serverStream<Request>(
   frame: CallFrame,
   method: string,
   handler: StreamHandler<Request>,
-): UnaryMethod['handle'] {
+): DirectMethod['handle'] {
   const rpc = frame.metrics.rpc(method)
   return (call) => {
     const account = new Account(frame, rpc, method, call, true)

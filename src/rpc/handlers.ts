@@ -59,6 +59,7 @@ import {
   unary,
   wellFormed,
 } from './call.ts'
+import type { DirectMethod } from './direct-call.ts'
 import {
   type BatchResult,
   cacheStatus,
@@ -79,7 +80,6 @@ import { inspectMessage } from './inspect-message.ts'
 import { metricsMessage } from './metrics-message.ts'
 import type { Reply } from './service-definition.ts'
 import { toItemCacheError } from './status.ts'
-import type { UnaryMethod } from './unary-call.ts'
 import {
   checkDraft,
   checkId,
@@ -113,7 +113,7 @@ export function implementation(
   services: Services,
 ): {
   readonly grpcJs: UntypedServiceImplementation
-  readonly direct: Readonly<Record<string, UnaryMethod['handle']>>
+  readonly direct: Readonly<Record<string, DirectMethod['handle']>>
 } {
   const { reader, writer, postgres, inspected, subscriptions } = services
 

@@ -20,8 +20,8 @@ import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
 import type { RequestLog } from '../observe/request-log.ts'
+import { type CallOwner, DirectCall, type DirectMethod } from './direct-call.ts'
 import { codeName, codeOf, toStatus, trailersOnly } from './status.ts'
-import { type CallOwner, UnaryCall, type UnaryMethod } from './unary-call.ts'
 
 /** The kinds of methods, as grpc-js calls them. `undefined`: there is no such method. */
 export type MethodKind = 'unary' | 'serverStream' | 'bidi' | undefined
@@ -29,7 +29,7 @@ export type MethodKind = 'unary' | 'serverStream' | 'bidi' | undefined
 export interface IntakeOptions {
   readonly kindOf: (path: string) => MethodKind
   /** The methods that are called from here, by path. What is not among them is grpc-js'. */
-  readonly direct: ReadonlyMap<string, UnaryMethod>
+  readonly direct: ReadonlyMap<string, DirectMethod>
   /** How long a request may take to arrive, and, again, how long a unary call may take from then on. */
   readonly maxDeadlineMs: number
   /** What is held of requests that are being received on one connection. */
@@ -189,7 +189,7 @@ export class Intake implements Disposable {
     const method = this.#options.direct.get(path)
     const unary =
       method &&
-      new UnaryCall(
+      new DirectCall(
         stream,
         headers,
         method,
@@ -379,7 +379,7 @@ class Call implements CallOwner {
   /** What grpc-js made of it; `undefined` while it has not. */
   taken: ServerInterceptingCallInterface | undefined
   /** What was made of it here: a unary call, or a server stream. */
-  unary: UnaryCall | undefined
+  unary: DirectCall | undefined
   /** It has been answered without its handler, and what still comes is dropped. */
   refused = false
   /** Its place in the list of those that are open. */

@@ -20,11 +20,11 @@ import { file_itemcache_v1_item_cache, ItemCacheService } from '../gen/itemcache
 import type { Logger } from '../observe/log.ts'
 import { BatchRequest } from './batch-request.ts'
 import type { CallFrame } from './call.ts'
+import type { DirectMethod } from './direct-call.ts'
 import { implementation, methodName, type Services } from './handlers.ts'
 import { Intake, type MethodKind } from './intake.ts'
 import { grpcDefinition } from './service-definition.ts'
 import type { TlsCredentials } from './tls.ts'
-import type { UnaryMethod } from './unary-call.ts'
 
 /** The full names of the RPCs, for the metrics. */
 export const RPC_METHODS: readonly string[] = ItemCacheService.methods.map((method) =>
@@ -167,9 +167,9 @@ export async function startGrpcServer(options: GrpcServerOptions, services: Serv
 /** The methods that are answered from their HTTP/2 streams, by their paths. */
 function directMethods(
   definition: ServiceDefinition,
-  handlers: Readonly<Record<string, UnaryMethod['handle']>>,
+  handlers: Readonly<Record<string, DirectMethod['handle']>>,
   maxRequestBytes: number,
-): ReadonlyMap<string, UnaryMethod> {
+): ReadonlyMap<string, DirectMethod> {
   const methods = Object.entries(definition).flatMap(([name, method]) => {
     const handle = handlers[name]
     if (handle === undefined) return []

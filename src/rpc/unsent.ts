@@ -1,8 +1,8 @@
 /** Answers that callers have not taken yet, of all connections together. */
 
 import { ItemCacheError } from '../errors.ts'
+import type { DirectCall } from './direct-call.ts'
 import type { Reply } from './service-definition.ts'
-import type { UnaryCall } from './unary-call.ts'
 import { Framed } from './wire.ts'
 
 /** A smaller answer is neither counted nor refused: there are no more of them than calls. */
@@ -58,7 +58,7 @@ export class Unsent {
   }
 
   /** Counts the answer of a call until the call's HTTP/2 stream is closed. */
-  addUntilClosed(weight: number, tenant: string, call: UnaryCall): void {
+  addUntilClosed(weight: number, tenant: string, call: DirectCall): void {
     if (weight > 0 && call.whenClosed(() => this.release(weight, tenant))) this.add(weight, tenant)
   }
 }

@@ -121,7 +121,11 @@ export class Writer {
     const refetched = refreshOrigin && target.kind === 'ids'
     if (refetched) {
       const former = await walked('postgres.outcome', write, (span) => postgres.outcomeOf({ ...write, span }))
-      if (former !== undefined) return former
+      if (former !== undefined) {
+        // Known before applied, also by who has not logged it.
+        this.#raiseInvalidated(write.tenant, target, mode, former)
+        return former
+      }
       for (const { id, draft, snapshot } of await this.#fetchAgain(write, target.ids)) {
         const now = await postgres.refetched(write.tenant, id, draft, snapshot.revision, write.signal)
         this.#raise(write.tenant, now, now.revision, snapshot.tags)
@@ -130,8 +134,7 @@ export class Writer {
     const revision = await walked('postgres.invalidate', write, (span) =>
       postgres.invalidate({ ...write, span }, target, mode),
     )
-    tail.seen(revision)
-    tail.raising(write.tenant)?.acknowledge(invalidationRow(target, mode, revision))
+    this.#raiseInvalidated(write.tenant, target, mode, revision)
     if (target.kind === 'tags') {
       await tail.reached(write.tenant, revision, write.signal).catch((error: unknown) => {
         throw notAppliedYet(error)
@@ -275,6 +278,16 @@ export class Writer {
       // Whether that is so of what is there now, whoever locks the row finds out.
       return undefined
     }
+  }
+
+  #raiseInvalidated(
+    tenant: string,
+    target: InvalidationTarget,
+    mode: InvalidationMode,
+    revision: Revision,
+  ): void {
+    this.#parts.tail.seen(revision)
+    this.#parts.tail.raising(tenant)?.acknowledge(invalidationRow(target, mode, revision))
   }
 
   #raise(tenant: string, snapshot: Snapshot, revision: Revision, formerTags: readonly string[]): void {

@@ -408,7 +408,7 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: WRITE,
-        find: 'tail.raising(write.tenant)?.acknowledge(invalidationRow(target, mode, revision))',
+        find: 'this.#parts.tail.raising(tenant)?.acknowledge(invalidationRow(target, mode, revision))',
         put: 'void invalidationRow(target, mode, revision)',
       },
     ],

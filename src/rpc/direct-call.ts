@@ -14,10 +14,10 @@ import { ACCEPTED_ENCODINGS, type Status, trailers, trailersOnly } from './statu
 import { Framed, framed, PREFIX_BYTES } from './wire.ts'
 
 /** A method that is called with one message. */
-export interface UnaryMethod {
+export interface DirectMethod {
   readonly maxRequestBytes: number
   readonly decode: (message: Buffer) => unknown
-  readonly handle: (call: UnaryCall) => void
+  readonly handle: (call: DirectCall) => void
 }
 
 /** Who has taken the call in. */
@@ -37,14 +37,14 @@ const WITH_TRAILERS = { waitForTrailers: true }
 const OK_TRAILERS = { 'grpc-status': '0' }
 
 /** One call. It is answered once, by `reply` or by any number of `write` and `refuse`: what comes afterwards is ignored. */
-export class UnaryCall {
+export class DirectCall {
   readonly metadata: CallHeaders
   /** The decoded message. */
   request: unknown
   /** The caller went away before it was answered. */
   cancelled = false
   readonly #stream: ServerHttp2Stream
-  readonly #method: UnaryMethod
+  readonly #method: DirectMethod
   readonly #owner: CallOwner
   readonly #deadlineMs: number
   /** A message is being unpacked, which nobody can stop. */
@@ -64,7 +64,7 @@ export class UnaryCall {
   constructor(
     stream: ServerHttp2Stream,
     headers: IncomingHttpHeaders,
-    method: UnaryMethod,
+    method: DirectMethod,
     owner: CallOwner,
     deadlineMs: number,
   ) {
