@@ -10,11 +10,10 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
 import { Redis } from 'ioredis'
 import { startPostgres } from '../src/embedded/postgres.ts'
-import { startRedis } from '../src/embedded/redis.ts'
 import { Tier } from '../src/gen/itemcache/v1/item_cache_pb.ts'
 import { Caller, isFailed } from '../test/consistency/client.ts'
 import { connectSql, Instance } from '../test/consistency/servers.ts'
-import { ownServer } from '../test/support/own-server.ts'
+import { ownRedis, ownServer } from '../test/support/own-server.ts'
 import { makeRunDirectory } from '../test/support/run-directory.ts'
 
 const { values } = parseArgs({ options: { items: { type: 'string', default: '20000' } } })
@@ -46,13 +45,7 @@ const cacheDir = resolve(ROOT, '.itemcache/cache')
 const database = started.use(
   await ownServer((dataDir) => startPostgres({ dataDir, cacheDir: join(directory.path, 'cache') })),
 )
-const redisServer = started.use(
-  await ownServer(async (dataDir) => {
-    const server = await startRedis({ dataDir, cacheDir })
-    if ('unavailable' in server) throw new Error(server.unavailable)
-    return server
-  }),
-)
+const redisServer = started.use(await ownRedis(cacheDir))
 const redis = new Redis(redisServer.url.replace('unix:', ''))
 started.defer(() => redis.disconnect())
 await using sql = await connectSql(database.url)

@@ -7,10 +7,9 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Page } from 'playwright-core'
 import { startPostgres } from '../../src/embedded/postgres.ts'
-import { startRedis } from '../../src/embedded/redis.ts'
 import { chromiumProgram, NO_CHROMIUM, startChromium } from '../support/browser.ts'
 import { startLoad } from '../support/load.ts'
-import { ownServer } from '../support/own-server.ts'
+import { ownRedis } from '../support/own-server.ts'
 import { startProcess } from '../support/process.ts'
 import { makeRunDirectory } from '../support/run-directory.ts'
 import { smallPng } from './small-png.ts'
@@ -24,13 +23,7 @@ if (chromiumProgram === undefined) throw new Error(`No screenshots: ${NO_CHROMIU
 await using started = new AsyncDisposableStack()
 const directory = started.use(makeRunDirectory())
 const postgres = started.use(await startPostgres({ dataDir: directory.path }))
-const redis = started.use(
-  await ownServer(async (dataDir) => {
-    const server = await startRedis({ dataDir, cacheDir: CACHE })
-    if ('unavailable' in server) throw new Error(server.unavailable)
-    return server
-  }),
-)
+const redis = started.use(await ownRedis(CACHE))
 const service = started.use(
   await startProcess({
     DATABASE_URL: postgres.serviceUrl,

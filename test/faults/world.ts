@@ -8,10 +8,9 @@ import { join, resolve } from 'node:path'
 import { createInterface } from 'node:readline'
 import type pg from 'pg'
 import { startPostgres } from '../../src/embedded/postgres.ts'
-import { startRedis } from '../../src/embedded/redis.ts'
 import { connectSql, Instance } from '../consistency/servers.ts'
 import { Way } from '../consistency/way.ts'
-import { type OwnServer, ownServer } from '../support/own-server.ts'
+import { type OwnServer, ownRedis, ownServer } from '../support/own-server.ts'
 import { postgresPackages } from '../support/postgres-packages.ts'
 import type { RunDirectory } from '../support/run-directory.ts'
 
@@ -121,15 +120,6 @@ export async function startWorld(
     connectSql: () => connectSql(database.url),
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   }
-}
-
-/** A Redis of one's own. */
-export function ownRedis(cacheDir: string): Promise<OwnServer> {
-  return ownServer(async (dataDir) => {
-    const server = await startRedis({ dataDir, cacheDir })
-    if ('unavailable' in server) throw new Error(server.unavailable)
-    return server
-  })
 }
 
 /** Waits for all of them, so that those which have started are disposed when another one fails. */

@@ -8,9 +8,8 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
 import { credentials } from '@grpc/grpc-js'
-import { startRedis } from '../../src/embedded/redis.ts'
 import { newAuthority, temporaryFiles } from '../support/credentials.ts'
-import { ownServer } from '../support/own-server.ts'
+import { ownRedis } from '../support/own-server.ts'
 import { startProcess } from '../support/process.ts'
 import { startPrometheus } from '../support/prometheus.ts'
 import { TestClient } from '../support/service.ts'
@@ -38,13 +37,7 @@ const expectNothing = (what: string, found: readonly string[]) => {
 const files = started.use(temporaryFiles())
 const authority = await newAuthority('one')
 const { cert, key } = await authority.issue('server')
-const redis = started.use(
-  await ownServer(async (dataDir) => {
-    const server = await startRedis({ dataDir, cacheDir: CACHE })
-    if ('unavailable' in server) throw new Error(server.unavailable)
-    return server
-  }),
-)
+const redis = started.use(await ownRedis(CACHE))
 const service = started.use(
   await startProcess({
     REDIS_URL: redis.url,

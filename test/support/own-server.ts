@@ -3,6 +3,7 @@ import { spawnSync } from 'node:child_process'
 import { existsSync, readFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { findProcess } from '../../src/embedded/processes.ts'
+import { startRedis } from '../../src/embedded/redis.ts'
 import { makeRunDirectory } from './run-directory.ts'
 
 /** A server that belongs to one test. Its URL stays the same over restarts. */
@@ -56,6 +57,15 @@ export async function ownServer(start: (dataDir: string) => Promise<Started>): P
     },
     [Symbol.asyncDispose]: () => kept.disposeAsync(),
   }
+}
+
+/** A Redis of one's own. */
+export function ownRedis(cacheDir: string): Promise<OwnServer> {
+  return ownServer(async (dataDir) => {
+    const server = await startRedis({ dataDir, cacheDir })
+    if ('unavailable' in server) throw new Error(server.unavailable)
+    return server
+  })
 }
 
 /** A child may end between being found and being told. */

@@ -6,8 +6,7 @@ import { randomBytes } from 'node:crypto'
 import { Client } from 'pg'
 import { inject } from 'vitest'
 import { startPostgres } from '../../src/embedded/postgres.ts'
-import { startRedis } from '../../src/embedded/redis.ts'
-import { type OwnServer, ownServer } from './own-server.ts'
+import { type OwnServer, ownRedis, ownServer } from './own-server.ts'
 import { postgresPackages } from './postgres-packages.ts'
 
 export type { OwnServer } from './own-server.ts'
@@ -67,9 +66,5 @@ export function freshPostgres(): Promise<OwnServer> {
 
 /** A private Redis for fault tests. */
 export function freshRedis(): Promise<OwnServer> {
-  return ownServer(async (dataDir) => {
-    const server = await startRedis({ dataDir, cacheDir: inject('redisCache') })
-    if ('unavailable' in server) throw new Error(server.unavailable)
-    return server
-  })
+  return ownRedis(inject('redisCache'))
 }
