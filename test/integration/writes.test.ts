@@ -211,9 +211,13 @@ describe('UpdateItem', () => {
       )
       expect(answers.map(({ item }) => item?.title)).toEqual(ids.map((id) => `New ${id}`))
       expect(answers.map(({ item }) => item?.category)).toEqual(ids.map(() => LAMP.category))
-      // A commit takes one revision.
       const log = (await logOf(sql, caller.tenant)).filter(({ revision }) => revision > before)
-      expect(log.length).toBeLessThan(60)
+      expect(log.map(({ revision }) => revision)).toEqual(ids.map((_, n) => before + 1 + n))
+      const transactions = await sql(
+        'SELECT DISTINCT xmin::text FROM invalidations WHERE tenant = $1 AND revision > $2',
+        [caller.tenant, TIMELINE + before],
+      )
+      expect(transactions.length).toBeLessThan(60)
       expect(log.flatMap((row) => row.ids).sort()).toEqual(ids.toSorted())
       for (const { item, revision } of answers) {
         const row = log.find(({ revision: own }) => own === Number(revision) - TIMELINE)

@@ -16,7 +16,7 @@ DECLARE
   claiming text[];
   claimed text[];
   replacing text[];
-  of_writer text;
+  x record;
 BEGIN
   IF itemcache_timeline_start() < known_timeline
     OR current_setting('itemcache.tenant', true) IS DISTINCT FROM of_tenant THEN
@@ -49,22 +49,22 @@ BEGIN
       FOR UPDATE OF i
     ) AS locked;
 
-  -- One statement, and so one revision, for each who writes: the log says who.
-  FOR of_writer IN
-    SELECT DISTINCT w ->> 'writer' FROM jsonb_array_elements(writes) AS w WHERE w ->> 'id' = ANY (replacing)
+  -- One statement, and so one revision, for each write.
+  FOR x IN
+    SELECT w.* FROM jsonb_to_recordset(writes) AS w (
+      id text, writer text, title text, description text, category text COLLATE "C", image_uri text,
+      price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
+      tags text[] COLLATE "C", attributes jsonb
+    )
+    WHERE w.id = ANY (replacing)
   LOOP
-    PERFORM set_config('itemcache.writer', of_writer, true);
+    PERFORM set_config('itemcache.writer', x.writer, true);
     UPDATE items i
       SET (title, description, category, image_uri, price_currency, price_units, price_nanos, rating_rate, rating_count, tags,
           attributes) = ROW (x.title, x.description, x.category, x.image_uri, x.price_currency, x.price_units, x.price_nanos,
           x.rating_rate, x.rating_count, x.tags, x.attributes),
         source = 'LOCAL'
-      FROM jsonb_to_recordset(writes) AS x (
-        id text, writer text, title text, description text, category text COLLATE "C", image_uri text,
-        price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
-        tags text[] COLLATE "C", attributes jsonb
-      )
-      WHERE i.tenant = of_tenant AND i.id = x.id COLLATE "C" AND i.id = ANY (replacing) AND x.writer = of_writer
+      WHERE i.tenant = of_tenant AND i.id = x.id COLLATE "C"
         -- A write that changes nothing leaves no trace.
         AND (i.title, i.description, i.category, i.image_uri, i.price_currency, i.price_units, i.price_nanos, i.rating_rate,
             i.rating_count, i.tags, i.attributes)
