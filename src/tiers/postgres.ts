@@ -752,6 +752,7 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     const objects = writes.map(({ write, known, draft }) => ({
       ...draftJson(known.id, draft),
       revision: known.revision,
+      known_tags: known.tags,
       former_tags: floorTags(known),
       writer: write.clientId,
       request_id: write.requestId,

@@ -3,9 +3,12 @@
 --
 -- `writes` is an array of objects, of different items and request ids:
 --   id, revision                what is known of the item
---   former_tags                 its tags and category, for the outcome
+--   known_tags                  its tags
+--   former_tags                 its tags and its category
 --   writer, request_id, fingerprint   '' where there is none
 --   title, description, …       the new content, by the columns' names
+--
+-- What changes is logged here and not by the trigger on items, which would give all of it one revision: here each write has its own.
 --
 -- Returns what is there now, as of the tenant's revision. An item for which nothing was done is missing: it is at another
 -- revision, or its request id was used before. All are missing when the server is older than the caller has seen, or the
@@ -16,7 +19,8 @@ DECLARE
   claiming text[];
   claimed text[];
   replacing text[];
-  x record;
+  changing text[];
+  before_first bigint;
 BEGIN
   IF itemcache_timeline_start() < known_timeline
     OR current_setting('itemcache.tenant', true) IS DISTINCT FROM of_tenant THEN
@@ -39,38 +43,56 @@ BEGIN
     )
     SELECT coalesce(array_agg(request_id), '{}') INTO claimed FROM inserted;
   END IF;
-  SELECT coalesce(array_agg(locked.id), '{}') INTO replacing
+  -- A write that changes nothing leaves no trace.
+  SELECT coalesce(array_agg(locked.id), '{}'), array_agg(locked.id) FILTER (WHERE locked.changes) INTO replacing, changing
     FROM (
-      SELECT i.id
-      FROM jsonb_to_recordset(writes) AS w (id text, revision bigint, request_id text)
+      SELECT i.id, (i.title, i.description, i.category, i.image_uri, i.price_currency, i.price_units, i.price_nanos,
+            i.rating_rate, i.rating_count, i.tags, i.attributes)
+          IS DISTINCT FROM (w.title, w.description, w.category, w.image_uri, w.price_currency, w.price_units, w.price_nanos,
+            w.rating_rate, w.rating_count, w.tags, w.attributes) AS changes
+      FROM jsonb_to_recordset(writes) AS w (
+        id text, revision bigint, request_id text, title text, description text, category text, image_uri text,
+        price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
+        tags text[] COLLATE "C", attributes jsonb
+      )
       JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
       WHERE i.revision = w.revision AND NOT i.deleted AND (w.request_id = '' OR w.request_id = ANY (claimed))
       ORDER BY i.id
       FOR UPDATE OF i
     ) AS locked;
 
-  -- One statement, and so one revision, for each write.
-  FOR x IN
-    SELECT w.* FROM jsonb_to_recordset(writes) AS w (
-      id text, writer text, title text, description text, category text COLLATE "C", image_uri text,
-      price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
-      tags text[] COLLATE "C", attributes jsonb
-    )
-    WHERE w.id = ANY (replacing)
-  LOOP
-    PERFORM set_config('itemcache.writer', x.writer, true);
+  IF changing IS NOT NULL THEN
+    before_first := itemcache_take_revisions(of_tenant, cardinality(changing)) - cardinality(changing);
+    PERFORM set_config('itemcache.stamping', 'on', true);
     UPDATE items i
       SET (title, description, category, image_uri, price_currency, price_units, price_nanos, rating_rate, rating_count, tags,
-          attributes) = ROW (x.title, x.description, x.category, x.image_uri, x.price_currency, x.price_units, x.price_nanos,
-          x.rating_rate, x.rating_count, x.tags, x.attributes),
-        source = 'LOCAL'
-      WHERE i.tenant = of_tenant AND i.id = x.id COLLATE "C"
-        -- A write that changes nothing leaves no trace.
-        AND (i.title, i.description, i.category, i.image_uri, i.price_currency, i.price_units, i.price_nanos, i.rating_rate,
-            i.rating_count, i.tags, i.attributes)
-          IS DISTINCT FROM (x.title, x.description, x.category, x.image_uri, x.price_currency, x.price_units, x.price_nanos,
-            x.rating_rate, x.rating_count, x.tags, x.attributes);
-  END LOOP;
+          attributes) = ROW (w.title, w.description, w.category, w.image_uri, w.price_currency, w.price_units, w.price_nanos,
+          w.rating_rate, w.rating_count, w.tags, w.attributes),
+        source = 'LOCAL', revision = before_first + array_position(changing, i.id), update_time = now()
+      FROM jsonb_to_recordset(writes) AS w (
+        id text, title text, description text, category text COLLATE "C", image_uri text,
+        price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
+        tags text[] COLLATE "C", attributes jsonb
+      )
+      WHERE i.tenant = of_tenant AND i.id = w.id COLLATE "C" AND w.id = ANY (changing);
+    PERFORM set_config('itemcache.stamping', '', true);
+    INSERT INTO invalidations (tenant, revision, kind, mode, ids, tags, writer)
+      SELECT of_tenant, before_first + array_position(changing, w.id), 'UPSERTED', 'EXPIRE', ARRAY[w.id],
+        ARRAY(
+          SELECT DISTINCT tag COLLATE "C" FROM unnest(w.former_tags || w.tags || w.category) AS tag WHERE tag <> '' ORDER BY 1
+        ), w.writer
+      FROM jsonb_to_recordset(writes) AS w (id text, writer text, category text, tags text[], former_tags text[])
+      WHERE w.id = ANY (changing);
+    DELETE FROM item_tags g
+      USING jsonb_to_recordset(writes) AS w (id text, tags text[], known_tags text[]), unnest(w.known_tags) AS former
+      WHERE w.id = ANY (changing) AND former <> ALL (w.tags)
+        AND g.tenant = of_tenant AND g.tag = former COLLATE "C" AND g.id = w.id COLLATE "C";
+    INSERT INTO item_tags (tenant, tag, id)
+      SELECT of_tenant, tag, w.id
+      FROM jsonb_to_recordset(writes) AS w (id text, tags text[], known_tags text[]), unnest(w.tags) AS tag
+      WHERE w.id = ANY (changing) AND tag <> ALL (w.known_tags)
+      ON CONFLICT DO NOTHING;
+  END IF;
 
   IF claiming IS NOT NULL THEN
     DELETE FROM requests r USING jsonb_to_recordset(writes) AS w (id text, request_id text)
