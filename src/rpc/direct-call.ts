@@ -152,9 +152,13 @@ export class DirectCall {
     this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     this.#stream.on('wantTrailers', sendOk)
     if (reply instanceof Framed && reply.isLent) {
-      // A write calls back when the socket has taken all of it.
-      this.#stream.write(reply.bytes, (error) => reply.sent(error))
-      this.#stream.end()
+      const stream = this.#stream
+      stream.write(reply.bytes, (error) => {
+        // The socket has taken all of it, unless the stream was destroyed: then Node calls back, without an error, although
+        // a part may still be on its way.
+        if (!stream.destroyed) reply.sent(error)
+      })
+      stream.end()
     } else this.#stream.end(frameOf(reply))
   }
 

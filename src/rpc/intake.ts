@@ -140,7 +140,7 @@ export class Intake implements Disposable {
     http2.removeAllListeners('stream')
     const listener: StreamListener = (stream, headers, flags, raw) => {
       const call = this.#admit(stream, headers, raw)
-      if (call === undefined || call.unary !== undefined) return
+      if (call === undefined || call.direct !== undefined) return
       this.#current = call
       for (const listener of behind) listener.call(http2, stream, headers, flags, raw)
       this.#current = undefined
@@ -187,7 +187,7 @@ export class Intake implements Disposable {
 
     this.#calls.add(call)
     const method = this.#options.direct.get(path)
-    const unary =
+    const direct =
       method &&
       new DirectCall(
         stream,
@@ -196,18 +196,18 @@ export class Intake implements Disposable {
         call,
         timeoutMs === Number.POSITIVE_INFINITY ? timeoutMs : Date.now() + timeoutMs,
       )
-    call.unary = unary
+    call.direct = direct
     stream.on('data', (chunk: Buffer) => {
       if (call.refused) return
-      if (weight.add(chunk)) unary?.receive(chunk)
+      if (weight.add(chunk)) direct?.receive(chunk)
       else this.refuse(call, tooMuch())
     })
-    if (unary !== undefined) stream.on('error', ignore).on('end', () => unary.end())
+    if (direct !== undefined) stream.on('error', ignore).on('end', () => direct.end())
     stream.once('close', () => {
       // What is being unpacked is held whoever has left.
-      if (unary?.unpacking !== true) weight.release()
+      if (direct?.unpacking !== true) weight.release()
       this.#calls.delete(call)
-      unary?.closed()
+      direct?.closed()
       this.#closed(session)
     })
     return call
@@ -298,7 +298,7 @@ export class Intake implements Disposable {
     if (call.refused) return
     call.refused = true
     call.weight.release()
-    const { stream, path, kind, sinceMs, taken, unary } = call
+    const { stream, path, kind, sinceMs, taken, direct } = call
     const { metrics, requests, now } = this.#options
     const failure = toStatus(error)
     // The handler of any other kind has not been called yet, and so the call not been counted.
@@ -315,7 +315,7 @@ export class Intake implements Disposable {
     }
     // The caller may go on sending. Closed at once, the stream would take the answer with it.
     setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), ANSWER_LEAVES_MS).unref()
-    if (unary !== undefined) unary.refuse(failure)
+    if (direct !== undefined) direct.refuse(failure)
     else if (taken !== undefined) taken.sendStatus(failure)
     else if (!stream.destroyed && !stream.closed && !stream.headersSent) {
       stream.respond(trailersOnly(failure), { endStream: true })
@@ -379,7 +379,7 @@ class Call implements CallOwner {
   /** What grpc-js made of it; `undefined` while it has not. */
   taken: ServerInterceptingCallInterface | undefined
   /** What was made of it here: a unary call, or a server stream. */
-  unary: DirectCall | undefined
+  direct: DirectCall | undefined
   /** It has been answered without its handler, and what still comes is dropped. */
   refused = false
   /** Its place in the list of those that are open. */

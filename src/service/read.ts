@@ -107,6 +107,8 @@ export interface ReaderParts extends LoaderParts {
 
 const NOTHING_SKIPPED: readonly Skipped[] = []
 
+/** A write has a way without the caches: it does not wait longer for Redis, or for readers of the database. */
+const RECALL_MS = 50
 /** Loads are never taken to be shorter than this: that of a busy event loop. */
 const MIN_LOAD_MS = 20
 /** The mean of the draws is at most this share of a copy's life, however long loads take. */
@@ -193,17 +195,24 @@ export class Reader {
     return answers
   }
 
-  /** Brings an item into memory, from wherever it is. Counts as no read; throws only what ends the signal. */
+  /**
+   * Brings an item into memory, from wherever it is, if that does not take long. Counts as no read; throws only what ends
+   * the signal.
+   */
   async recall(tenant: string, id: string, signal: AbortSignal, trace?: Trace): Promise<void> {
     if (!this.#parts.memory.enabled || !this.#loader.isCached(tenant, id)) return
+    const { promise: late, resolve: isLate } = Promise.withResolvers<void>()
+    const timer = setTimeout(isLate, RECALL_MS)
     try {
       const { flight, joined } = this.#flights.join(tenant, id, 'cached', {})
       if (trace !== undefined) board(trace, flight, 'cached', joined)
       using _waiting = flight.board()
-      await untilAborted(flight.result.promise, signal)
+      await untilAborted(Promise.race([flight.result.promise, late]), signal)
     } catch {
       // Whoever wants the item finds out why there is none.
       signal.throwIfAborted()
+    } finally {
+      clearTimeout(timer)
     }
   }
 

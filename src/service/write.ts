@@ -181,7 +181,8 @@ export class Writer {
   async #loadFirst(write: Write, id: string): Promise<void> {
     const { postgres, origin, reader, tail } = this.#parts
     await untilActive(tail, write)
-    if (!origin?.serves(id)) return
+    // What memory holds, PostgreSQL has seen.
+    if (!origin?.serves(id) || reader.known(write.tenant, id) !== undefined) return
     const reading = walked('postgres.read', write, (span) =>
       postgres.read(write.tenant, [id], write.signal, span),
     )

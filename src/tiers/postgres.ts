@@ -554,7 +554,8 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
     const max = options.maxConnections ?? 10
     this.#connection = clientConfig(options)
     const first: pg.QueryConfig & Pick<pg.ClientConfig, 'query_timeout'> = {
-      text: `SET enable_seqscan = off; SET itemcache.tenant = E'\\x01'`,
+      text: `SET enable_seqscan = off; SET default_transaction_isolation = 'read committed';
+        SET itemcache.tenant = E'\\x01'`,
       query_timeout: this.#connection.connectionTimeoutMillis,
     }
     const newPool = (size: number) => {
@@ -764,7 +765,9 @@ export class PostgresTier implements StoreTier, LogSource, AsyncDisposable {
         try {
           return await this.#query<DatedRow>(session, REPLACE_KNOWN, [tenant, this.#timeline, json])
         } catch (error) {
-          throw session.broken ? commitUnknown(error) : error
+          // Once the server has refused it nothing is committed.
+          const { cause } = error as ItemCacheError
+          throw session.broken && !(cause instanceof pg.DatabaseError) ? commitUnknown(error) : error
         }
       }),
     )

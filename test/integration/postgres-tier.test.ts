@@ -751,6 +751,94 @@ describe('items that are replaced together', () => {
     }
   })
 
+  test('do not wait for an item that somebody else has locked: it is left out', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b')
+    await using other = await store.session()
+    await other('BEGIN')
+    await other('SELECT FROM items WHERE tenant = $1 AND id = $2 FOR UPDATE', [tenant, 'a'])
+    const context = { requestId: 'r', fingerprint: 'f' }
+    const written = await tier.replaceKnown(tenant, [writeOf('a', {}, context), writeOf('b')])
+    expect([...written.keys()]).toEqual(['b'])
+    await other('ROLLBACK')
+    expect(decoded(await readOne(tenant, 'a')).title).toBe('old a')
+    expect(await sql('SELECT request_id FROM requests WHERE tenant = $1', [tenant])).toEqual([])
+  })
+
+  test('do not wait for a write with the same request id that is in progress: all are left out', async () => {
+    const tenant = newTenant()
+    const writeOf = await items(tenant, 'a', 'b')
+    await using other = await store.session()
+    await other('BEGIN')
+    await other(`INSERT INTO requests (tenant, request_id, fingerprint) VALUES ($1, 'r', 'f')`, [tenant])
+    const context = { requestId: 'r', fingerprint: 'f' }
+    expect(await tier.replaceKnown(tenant, [writeOf('a', {}, context), writeOf('b')])).toEqual(new Map())
+    await other('COMMIT')
+    // The next ones wait for locks as long as ever.
+    const [setting] = await sql('SHOW lock_timeout')
+    expect(setting).toEqual({ lock_timeout: '0' })
+    expect((await tier.replaceKnown(tenant, [writeOf('b')])).size).toBe(1)
+  })
+
+  test('cost as much in large tables, also where plans were made in empty ones', async () => {
+    await using own = await openStore({ maxConnections: 1 })
+    const tenant = 't'
+    const known = new Map<string, ItemRecord>()
+    const replace = async (n: number, size: number) => {
+      const writes = Array.from({ length: size }, (_, at) => {
+        const item = known.get(`k${at}`) ?? expect.unreachable()
+        const write = by(tenant, { requestId: `${n}-${at}`, fingerprint: 'f' })
+        return { write, known: item, draft: draft({ title: `${n}` }) }
+      })
+      const written = await own.tier.replaceKnown(tenant, writes)
+      expect(written.size).toBe(size)
+      for (const [id, { snapshot }] of written) known.set(id, decoded(snapshot))
+    }
+    for (let at = 0; at < 20; at++) {
+      const { snapshot } = await own.tier.create(by(tenant), `k${at}`, draft())
+      known.set(`k${at}`, decoded(snapshot))
+    }
+    for (const table of ['items', 'requests', 'tenants', 'invalidations', 'item_tags']) {
+      await own.sql(`ALTER TABLE ${table} SET (autovacuum_enabled = false)`)
+      await own.sql(`ANALYZE ${table}`)
+    }
+    for (let n = 0; n < 10; n++) await replace(n, n % 2 === 0 ? 1 : 20)
+    const before = await rowsRead(own.sql)
+    await own.sql(`INSERT INTO items (tenant, id) SELECT 't', 'x' || g FROM generate_series(1, 5000) AS g`)
+    await own.sql(`INSERT INTO requests (tenant, request_id, fingerprint)
+      SELECT 't', 'x' || g, 'f' FROM generate_series(1, 5000) AS g`)
+    const filled = await rowsRead(own.sql)
+    expect(filled).toBeGreaterThanOrEqual(before)
+    for (let n = 10; n < 20; n++) await replace(n, n % 2 === 0 ? 1 : 20)
+    // A connection reports what it has read when it ends, at the latest.
+    await own.tier[Symbol.asyncDispose]()
+    const others =
+      'SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()'
+    while ((await own.sql(others)).length > 0);
+    // 310 writes of either kind look at a few rows each, and old versions of them.
+    expect((await rowsRead(own.sql)) - filled).toBeLessThan(40_000)
+  })
+
+  /** Rows that were read of items and requests, by whatever way. */
+  async function rowsRead(of: Sql): Promise<number> {
+    const [row] =
+      await of(`SELECT pg_stat_force_next_flush(), sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::int AS rows
+      FROM pg_stat_user_tables WHERE relname IN ('items', 'requests')`)
+    return Number(row?.['rows'])
+  }
+
+  test('that a demoted primary refuses were not written, and nobody is told that they may have been', async () => {
+    await using own = await openStore()
+    const { snapshot } = await own.tier.create(by('t'), 'a', draft())
+    await own.sql(`DO $$ BEGIN
+      EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$`)
+    const demoted = await own.open()
+    const attempt = demoted.replaceKnown('t', [
+      { write: by('t'), known: decoded(snapshot), draft: draft({ title: 'x' }) },
+    ])
+    await expect(attempt).rejects.toMatchObject({ code: 'unavailable', reason: 'POSTGRES_UNAVAILABLE' })
+  })
+
   test('of which the database refuses one are none of them written', async () => {
     const tenant = newTenant()
     const writeOf = await items(tenant, 'a', 'b')

@@ -8,6 +8,8 @@
 --   writer, request_id, fingerprint   '' where there is none
 --   title, description, …       the new content, by the columns' names
 --
+-- Its plans are kept for the session, and the tables may grow: so whatever is looked up is named to the index by an array.
+--
 -- What changes is logged here and not by the trigger on items, which would give all of it one revision: here each write has its own.
 --
 -- Returns what is there now, as of the tenant's revision. An item for which nothing was done is missing: it is at another
@@ -20,7 +22,9 @@ DECLARE
   claimed text[];
   replacing text[];
   changing text[];
+  lock_timeout text;
   before_first bigint;
+  known_ids text[] := ARRAY(SELECT w ->> 'id' FROM jsonb_array_elements(writes) AS w);
 BEGIN
   IF itemcache_timeline_start() < known_timeline
     OR current_setting('itemcache.tenant', true) IS DISTINCT FROM of_tenant THEN
@@ -28,20 +32,28 @@ BEGIN
   END IF;
 
   -- Whoever writes claims its request id, then locks its items, each in order, then takes revisions: so that no two of
-  -- these wait for each other. An id whose write is in progress is waited for.
+  -- these wait for each other for ever. What others hold is not waited for, or hardly: it must not hold up the rest.
   SELECT array_agg(w ->> 'request_id') INTO claiming
     FROM jsonb_array_elements(writes) AS w WHERE w ->> 'request_id' <> '';
   IF claiming IS NOT NULL THEN
-    WITH inserted AS (
-      INSERT INTO requests (tenant, request_id, fingerprint)
-        SELECT of_tenant, w.request_id, w.fingerprint
-        FROM jsonb_to_recordset(writes) AS w (request_id text, fingerprint text)
-        WHERE w.request_id <> ''
-        ORDER BY w.request_id COLLATE "C"
-        ON CONFLICT DO NOTHING
-        RETURNING request_id
-    )
-    SELECT coalesce(array_agg(request_id), '{}') INTO claimed FROM inserted;
+    lock_timeout := current_setting('lock_timeout');
+    BEGIN
+      PERFORM set_config('lock_timeout', '20ms', true);
+      WITH inserted AS (
+        INSERT INTO requests (tenant, request_id, fingerprint)
+          SELECT of_tenant, w.request_id, w.fingerprint
+          FROM jsonb_to_recordset(writes) AS w (request_id text, fingerprint text)
+          WHERE w.request_id <> ''
+          ORDER BY w.request_id COLLATE "C"
+          ON CONFLICT DO NOTHING
+          RETURNING request_id
+      )
+      SELECT coalesce(array_agg(request_id), '{}') INTO claimed FROM inserted;
+    EXCEPTION WHEN lock_not_available THEN
+      -- A write with one of these ids is in progress.
+      RETURN;
+    END;
+    PERFORM set_config('lock_timeout', lock_timeout, true);
   END IF;
   -- A write that changes nothing leaves no trace.
   SELECT coalesce(array_agg(locked.id), '{}'), array_agg(locked.id) FILTER (WHERE locked.changes) INTO replacing, changing
@@ -56,9 +68,9 @@ BEGIN
         tags text[] COLLATE "C", attributes jsonb
       )
       JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
-      WHERE i.revision = w.revision AND NOT i.deleted AND (w.request_id = '' OR w.request_id = ANY (claimed))
+      WHERE i.id = ANY (known_ids) AND i.revision = w.revision AND NOT i.deleted AND (w.request_id = '' OR w.request_id = ANY (claimed))
       ORDER BY i.id
-      FOR UPDATE OF i
+      FOR UPDATE OF i SKIP LOCKED
     ) AS locked;
 
   IF changing IS NOT NULL THEN
@@ -74,7 +86,7 @@ BEGIN
         price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
         tags text[] COLLATE "C", attributes jsonb
       )
-      WHERE i.tenant = of_tenant AND i.id = w.id COLLATE "C" AND w.id = ANY (changing);
+      WHERE i.tenant = of_tenant AND i.id = w.id COLLATE "C" AND i.id = ANY (changing);
     PERFORM set_config('itemcache.stamping', '', true);
     INSERT INTO invalidations (tenant, revision, kind, mode, ids, tags, writer)
       SELECT of_tenant, before_first + array_position(changing, w.id), 'UPSERTED', 'EXPIRE', ARRAY[w.id],
@@ -96,7 +108,7 @@ BEGIN
 
   IF claiming IS NOT NULL THEN
     DELETE FROM requests r USING jsonb_to_recordset(writes) AS w (id text, request_id text)
-      WHERE r.tenant = of_tenant AND r.request_id = w.request_id COLLATE "C" AND w.request_id = ANY (claimed)
+      WHERE r.tenant = of_tenant AND r.request_id = ANY (claimed) AND r.request_id = w.request_id COLLATE "C"
         AND w.id <> ALL (replacing);
     UPDATE requests r SET revision = i.revision, state = 'present', id = i.id, as_of = greatest(t.revision, s.timeline),
         item_revision = i.revision, former_tags = w.former_tags, outcome = to_jsonb(i)
@@ -104,8 +116,8 @@ BEGIN
       JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
       CROSS JOIN (SELECT itemcache_timeline_start() AS timeline) AS s
       LEFT JOIN tenants t ON t.name = of_tenant
-      WHERE r.tenant = of_tenant AND r.request_id = w.request_id COLLATE "C" AND w.request_id = ANY (claimed)
-        AND w.id = ANY (replacing);
+      WHERE r.tenant = of_tenant AND r.request_id = ANY (claimed) AND r.request_id = w.request_id COLLATE "C"
+        AND i.id = ANY (replacing);
   END IF;
   -- By a statement of its own, whose snapshot has the revisions that the triggers have just taken.
   RETURN QUERY

@@ -1,0 +1,77 @@
+import { once } from 'node:events'
+import {
+  type ClientHttp2Stream,
+  connect,
+  createServer,
+  type IncomingHttpHeaders,
+  type ServerHttp2Stream,
+} from 'node:http2'
+import type { AddressInfo } from 'node:net'
+import { expect, test } from 'vitest'
+import { DirectCall } from '../../src/rpc/direct-call.ts'
+import { Framed } from '../../src/rpc/wire.ts'
+
+/** An answer in a buffer that is lent, and how often that was given back. */
+class Lent extends Framed {
+  givenBack = 0
+
+  constructor(bytes: Buffer) {
+    super(bytes, bytes)
+  }
+
+  override sent(error: Error | null | undefined): void {
+    if (!error) this.givenBack++
+  }
+}
+
+/** One call over a window of `windowBytes`, which is answered at once. */
+async function answered(answer: Framed, windowBytes: number) {
+  await using started = new AsyncDisposableStack()
+  const server = createServer()
+  const taken = Promise.withResolvers<ServerHttp2Stream>()
+  server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
+    const method = { maxRequestBytes: 1000, decode: () => undefined, handle: () => undefined }
+    const owner = { reject: () => undefined, delivered: () => undefined }
+    new DirectCall(stream, headers, method, owner, Number.POSITIVE_INFINITY).reply(answer)
+    stream.on('error', () => undefined)
+    taken.resolve(stream)
+  })
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  started.defer(() => void server.close())
+  const { port } = server.address() as AddressInfo
+  const session = connect(`http://127.0.0.1:${port}`, { settings: { initialWindowSize: windowBytes } })
+  session.on('error', () => undefined)
+  started.defer(() => session.destroy())
+  const call: ClientHttp2Stream = session.request({ ':method': 'POST', ':path': '/' })
+  call.on('error', () => undefined)
+  const stream = await taken.promise
+  const running = started.move()
+  return { call, stream, [Symbol.asyncDispose]: () => running.disposeAsync() }
+}
+
+test('a lent buffer is given back when the caller has all of the answer', async () => {
+  const answer = new Lent(Buffer.alloc(100_000))
+  await using exchange = await answered(answer, 16_384)
+  const { call, stream } = exchange
+  const closed = once(stream, 'close')
+  call.resume()
+  await closed
+  expect(answer.givenBack).toBe(1)
+})
+
+test.each(['the caller resets the stream', 'the server destroys the stream'])(
+  'a lent buffer is not given back when %s: a part may still be on its way',
+  async (how) => {
+    const answer = new Lent(Buffer.alloc(100_000))
+    await using exchange = await answered(answer, 16_384)
+    const { call, stream } = exchange
+    // The window is full, and nothing is read.
+    await once(call, 'response')
+    const closed = once(stream, 'close')
+    if (how.startsWith('the caller')) call.close(8)
+    else stream.destroy()
+    await closed
+    expect(answer.givenBack).toBe(0)
+  },
+)
