@@ -639,8 +639,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: REPLACE_SQL,
-        find: 'AND i.revision = w.revision AND NOT i.deleted AND',
-        put: 'AND w.revision > 0 AND NOT i.deleted AND',
+        find: 'WHERE i.revision = x.revision AND NOT i.deleted AND',
+        put: 'WHERE x.revision > 0 AND NOT i.deleted AND',
       },
     ],
     profile: calm({ workload: { update: 60 } }),

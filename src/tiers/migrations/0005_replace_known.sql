@@ -8,7 +8,7 @@
 --   writer, request_id, fingerprint   '' where there is none
 --   title, description, …       the new content, by the columns' names
 --
--- Its plans are kept for the session, and the tables may grow: so whatever is looked up is named to the index by an array.
+-- Its plans are kept for the session, and the tables may grow: so rows are looked up one by one, by their keys.
 --
 -- What changes is logged here and not by the trigger on items, which would give all of it one revision: here each write has its own.
 --
@@ -22,9 +22,10 @@ DECLARE
   claimed text[];
   replacing text[];
   changing text[];
-  lock_timeout text;
   before_first bigint;
-  known_ids text[] := ARRAY(SELECT w ->> 'id' FROM jsonb_array_elements(writes) AS w);
+  now_at bigint;
+  lock_timeout text;
+  one record;
 BEGIN
   IF itemcache_timeline_start() < known_timeline
     OR current_setting('itemcache.tenant', true) IS DISTINCT FROM of_tenant THEN
@@ -56,75 +57,70 @@ BEGIN
     PERFORM set_config('lock_timeout', lock_timeout, true);
   END IF;
   -- A write that changes nothing leaves no trace.
-  SELECT coalesce(array_agg(locked.id), '{}'), array_agg(locked.id) FILTER (WHERE locked.changes) INTO replacing, changing
-    FROM (
-      SELECT i.id, (i.title, i.description, i.category, i.image_uri, i.price_currency, i.price_units, i.price_nanos,
-            i.rating_rate, i.rating_count, i.tags, i.attributes)
-          IS DISTINCT FROM (w.title, w.description, w.category, w.image_uri, w.price_currency, w.price_units, w.price_nanos,
-            w.rating_rate, w.rating_count, w.tags, w.attributes) AS changes
-      FROM jsonb_to_recordset(writes) AS w (
-        id text, revision bigint, request_id text, title text, description text, category text, image_uri text,
-        price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
-        tags text[] COLLATE "C", attributes jsonb
-      )
-      JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
-      WHERE i.id = ANY (known_ids) AND i.revision = w.revision AND NOT i.deleted AND (w.request_id = '' OR w.request_id = ANY (claimed))
-      ORDER BY i.id
-      FOR UPDATE OF i SKIP LOCKED
-    ) AS locked;
+  SELECT coalesce(array_agg(i.id), '{}'), array_agg(i.id ORDER BY i.id) FILTER (
+      WHERE (i.title, i.description, i.category, i.image_uri, i.price_currency, i.price_units, i.price_nanos, i.rating_rate,
+          i.rating_count, i.tags, i.attributes)
+        IS DISTINCT FROM (x.title, x.description, x.category, x.image_uri, x.price_currency, x.price_units, x.price_nanos,
+          x.rating_rate, x.rating_count, x.tags, x.attributes)
+    ) INTO replacing, changing
+    FROM jsonb_to_recordset(writes) AS x (
+      id text, revision bigint, request_id text, title text, description text, category text, image_uri text,
+      price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
+      tags text[] COLLATE "C", attributes jsonb
+    )
+    CROSS JOIN LATERAL (SELECT * FROM items WHERE tenant = of_tenant AND id = x.id FOR UPDATE SKIP LOCKED) AS i
+    WHERE i.revision = x.revision AND NOT i.deleted AND (x.request_id = '' OR x.request_id = ANY (claimed));
 
   IF changing IS NOT NULL THEN
     before_first := itemcache_take_revisions(of_tenant, cardinality(changing)) - cardinality(changing);
     PERFORM set_config('itemcache.stamping', 'on', true);
-    UPDATE items i
-      SET (title, description, category, image_uri, price_currency, price_units, price_nanos, rating_rate, rating_count, tags,
-          attributes) = ROW (w.title, w.description, w.category, w.image_uri, w.price_currency, w.price_units, w.price_nanos,
-          w.rating_rate, w.rating_count, w.tags, w.attributes),
-        source = 'LOCAL', revision = before_first + array_position(changing, i.id), update_time = now()
-      FROM jsonb_to_recordset(writes) AS w (
-        id text, title text, description text, category text COLLATE "C", image_uri text,
-        price_currency text, price_units bigint, price_nanos integer, rating_rate double precision, rating_count bigint,
-        tags text[] COLLATE "C", attributes jsonb
-      )
-      WHERE i.tenant = of_tenant AND i.id = w.id COLLATE "C" AND i.id = ANY (changing);
+    FOR one IN
+      SELECT x.*, before_first + array_position(changing, x.id) AS next FROM jsonb_to_recordset(writes) AS x (
+        id text, writer text, known_tags text[], former_tags text[], title text, description text, category text,
+        image_uri text, price_currency text, price_units bigint, price_nanos integer, rating_rate double precision,
+        rating_count bigint, tags text[], attributes jsonb
+      ) WHERE x.id = ANY (changing)
+    LOOP
+      UPDATE items
+        SET title = one.title, description = one.description, category = one.category, image_uri = one.image_uri,
+          price_currency = one.price_currency, price_units = one.price_units, price_nanos = one.price_nanos,
+          rating_rate = one.rating_rate, rating_count = one.rating_count, tags = one.tags, attributes = one.attributes,
+          source = 'LOCAL', revision = one.next, update_time = now()
+        WHERE tenant = of_tenant AND id = one.id;
+      INSERT INTO invalidations (tenant, revision, kind, mode, ids, tags, writer)
+        VALUES (of_tenant, one.next, 'UPSERTED', 'EXPIRE', ARRAY[one.id], ARRAY(
+          SELECT DISTINCT tag COLLATE "C" FROM unnest(one.former_tags || one.tags || one.category) AS tag WHERE tag <> '' ORDER BY 1
+        ), one.writer);
+      IF one.tags <> one.known_tags THEN
+        DELETE FROM item_tags WHERE tenant = of_tenant AND id = one.id
+          AND tag = ANY (ARRAY(SELECT unnest(one.known_tags) EXCEPT SELECT unnest(one.tags)));
+        INSERT INTO item_tags (tenant, tag, id) SELECT of_tenant, tag, one.id FROM unnest(one.tags) AS tag ON CONFLICT DO NOTHING;
+      END IF;
+    END LOOP;
     PERFORM set_config('itemcache.stamping', '', true);
-    INSERT INTO invalidations (tenant, revision, kind, mode, ids, tags, writer)
-      SELECT of_tenant, before_first + array_position(changing, w.id), 'UPSERTED', 'EXPIRE', ARRAY[w.id],
-        ARRAY(
-          SELECT DISTINCT tag COLLATE "C" FROM unnest(w.former_tags || w.tags || w.category) AS tag WHERE tag <> '' ORDER BY 1
-        ), w.writer
-      FROM jsonb_to_recordset(writes) AS w (id text, writer text, category text, tags text[], former_tags text[])
-      WHERE w.id = ANY (changing);
-    DELETE FROM item_tags g
-      USING jsonb_to_recordset(writes) AS w (id text, tags text[], known_tags text[]), unnest(w.known_tags) AS former
-      WHERE w.id = ANY (changing) AND former <> ALL (w.tags)
-        AND g.tenant = of_tenant AND g.tag = former COLLATE "C" AND g.id = w.id COLLATE "C";
-    INSERT INTO item_tags (tenant, tag, id)
-      SELECT of_tenant, tag, w.id
-      FROM jsonb_to_recordset(writes) AS w (id text, tags text[], known_tags text[]), unnest(w.tags) AS tag
-      WHERE w.id = ANY (changing) AND tag <> ALL (w.known_tags)
-      ON CONFLICT DO NOTHING;
   END IF;
 
+  -- By statements of their own, whose snapshots have the revisions that were just taken.
+  SELECT greatest(t.revision, s.timeline) INTO now_at
+    FROM (SELECT itemcache_timeline_start() AS timeline) AS s LEFT JOIN tenants t ON t.name = of_tenant;
   IF claiming IS NOT NULL THEN
-    DELETE FROM requests r USING jsonb_to_recordset(writes) AS w (id text, request_id text)
-      WHERE r.tenant = of_tenant AND r.request_id = ANY (claimed) AND r.request_id = w.request_id COLLATE "C"
-        AND w.id <> ALL (replacing);
-    UPDATE requests r SET revision = i.revision, state = 'present', id = i.id, as_of = greatest(t.revision, s.timeline),
-        item_revision = i.revision, former_tags = w.former_tags, outcome = to_jsonb(i)
-      FROM jsonb_to_recordset(writes) AS w (id text, request_id text, former_tags text[])
-      JOIN items i ON i.tenant = of_tenant AND i.id = w.id COLLATE "C"
-      CROSS JOIN (SELECT itemcache_timeline_start() AS timeline) AS s
-      LEFT JOIN tenants t ON t.name = of_tenant
-      WHERE r.tenant = of_tenant AND r.request_id = ANY (claimed) AND r.request_id = w.request_id COLLATE "C"
-        AND i.id = ANY (replacing);
+    FOR one IN
+      SELECT x.* FROM jsonb_to_recordset(writes) AS x (id text, request_id text, former_tags text[])
+      WHERE x.request_id = ANY (claimed)
+    LOOP
+      IF one.id = ANY (replacing) THEN
+        UPDATE requests r SET revision = i.revision, state = 'present', id = i.id, as_of = now_at, item_revision = i.revision,
+            former_tags = one.former_tags, outcome = to_jsonb(i)
+          FROM items i
+          WHERE r.tenant = of_tenant AND r.request_id = one.request_id AND i.tenant = of_tenant AND i.id = one.id;
+      ELSE
+        DELETE FROM requests r WHERE r.tenant = of_tenant AND r.request_id = one.request_id;
+      END IF;
+    END LOOP;
   END IF;
-  -- By a statement of its own, whose snapshot has the revisions that the triggers have just taken.
   RETURN QUERY
-    SELECT greatest(t.revision, s.timeline), i
-    FROM (SELECT itemcache_timeline_start() AS timeline) AS s
-    LEFT JOIN tenants t ON t.name = of_tenant
-    JOIN items i ON i.tenant = of_tenant AND i.id = ANY (replacing);
+    SELECT now_at, found.i FROM unnest(replacing) AS x (id)
+    CROSS JOIN LATERAL (SELECT i FROM items i WHERE i.tenant = of_tenant AND i.id = x.id OFFSET 0) AS found;
 END
 $$;
 
