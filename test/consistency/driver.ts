@@ -39,6 +39,8 @@ export interface World extends AsyncDisposable {
 }
 
 export const INSTANCES = ['A', 'B', 'C'] as const
+/** For how long an instance is started again that does not find its database. */
+const START_PATIENCE_MS = 60_000
 const CLIENTS = 8
 /** Tags that are never a category, so that a list by them is what the audit says has them. */
 const LISTED_TAGS = ['t1', 't2']
@@ -214,7 +216,21 @@ class Run implements AsyncDisposable {
   async #startInstance(i: number): Promise<void> {
     const instance = this.#instances[i]
     if (instance === undefined) return
-    await instance.start()
+    const giveUpMs = performance.now() + START_PATIENCE_MS
+    for (;;) {
+      try {
+        await instance.start()
+        break
+      } catch (error) {
+        // The database may be away just now, by another fault. Then whoever runs the service starts it again.
+        const isAway = /the database (cannot be reached|did not answer in time|cannot be used|is read-only)$/.test(
+          `${error}`,
+        )
+        if (!isAway || performance.now() > giveUpMs) throw error
+        this.#note(`${instance.name} did not find the database`)
+        await sleep(100)
+      }
+    }
     this.#callers[i]?.close()
     this.#callers[i] = new Caller(instance.address)
   }
