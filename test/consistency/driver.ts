@@ -223,9 +223,10 @@ class Run implements AsyncDisposable {
         break
       } catch (error) {
         // The database may be away just now, by another fault. Then whoever runs the service starts it again.
-        const isAway = /the database (cannot be reached|did not answer in time|cannot be used|is read-only)$/.test(
-          `${error}`,
-        )
+        const isAway =
+          /the database (cannot be reached|did not answer in time|cannot be used|is read-only)$/.test(
+            `${error}`,
+          )
         if (!isAway || performance.now() > giveUpMs) throw error
         this.#note(`${instance.name} did not find the database`)
         await sleep(100)
