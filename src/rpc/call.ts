@@ -3,6 +3,7 @@ import { randomUUID } from 'node:crypto'
 import type { handleBidiStreamingCall } from '@grpc/grpc-js'
 import { status } from '@grpc/grpc-js'
 import { ItemCacheError } from '../errors.ts'
+import type { Ending } from '../invalidation/tail.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics, RpcMetrics } from '../observe/metrics.ts'
 import type { RequestLog } from '../observe/request-log.ts'
@@ -62,6 +63,7 @@ export class CallContext {
   readonly trace: Trace | undefined
   readonly #call: AnyCall
   readonly #maxDeadlineMs: number
+  #ending: Ended | undefined
   #controller: AbortController | undefined
   #timer: NodeJS.Timeout | undefined
   #traceId: string | undefined
@@ -112,15 +114,28 @@ export class CallContext {
   }
 
   /** Aborts with an `ItemCacheError` when the caller cancels or the deadline passes. Made when first asked for. */
+  get ending(): Ending {
+    if (this.#ending === undefined) {
+      const ending = new Ended()
+      this.#ending = ending
+      const cancel = () => ending.abort(whyGone(this.#call))
+      this.#call.on('cancelled', cancel)
+      // It may have happened while the credential was checked.
+      if (this.#call.cancelled) cancel()
+      this.#timer = setTimeout(() => ending.abort(deadlinePassed()), this.remainingMs)
+    }
+    return this.#ending
+  }
+
+  /** As `ending`, for those who want an `AbortSignal`. */
   get signal(): AbortSignal {
     if (this.#controller === undefined) {
       const controller = new AbortController()
       this.#controller = controller
-      const cancel = () => controller.abort(whyGone(this.#call))
-      this.#call.on('cancelled', cancel)
-      // It may have happened while the credential was checked.
-      if (this.#call.cancelled) cancel()
-      this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.remainingMs)
+      const { ending } = this
+      const abort = () => controller.abort(ending.reason)
+      if (ending.aborted) abort()
+      else ending.addEventListener('abort', abort)
     }
     return this.#controller.signal
   }
@@ -133,6 +148,33 @@ export class CallContext {
   /** Releases the timer. */
   end(): void {
     clearTimeout(this.#timer)
+  }
+}
+
+/** Most misses end before their caller's time does: for these an `AbortController` costs more than what it is there for. */
+class Ended implements Ending {
+  aborted = false
+  reason: unknown
+  readonly #listeners = new Set<() => void>()
+
+  abort(reason: unknown): void {
+    if (this.aborted) return
+    this.aborted = true
+    this.reason = reason
+    for (const listener of this.#listeners) listener()
+    this.#listeners.clear()
+  }
+
+  throwIfAborted(): void {
+    if (this.aborted) throw this.reason
+  }
+
+  addEventListener(_type: 'abort', listener: () => void): void {
+    this.#listeners.add(listener)
+  }
+
+  removeEventListener(_type: 'abort', listener: () => void): void {
+    this.#listeners.delete(listener)
   }
 }
 
@@ -348,12 +390,12 @@ export function serverStream<Request>(
 
 /**
  * A handler of one look-up of a stream. It answers at once or later, failures among the answers: what it throws ends
- * the stream. `signal` makes a signal that aborts when the caller went away or the server's own maximum has passed.
+ * the stream. `ending` makes one that aborts when the caller went away or the server's own maximum has passed.
  */
 export type LookUpHandler<Request> = (
   request: Request,
   context: CallContext,
-  signal: () => AbortSignal,
+  ending: () => Ending,
 ) => Reply | Promise<Reply>
 
 /** Look-ups of one stream that are being loaded at once. While there are so many, no further one is read. */
@@ -372,7 +414,7 @@ export function lookUpStream<Request>(
   const rpc = frame.metrics.rpc(method)
   return (call) => {
     const account = new Account(frame, rpc, method, call, true)
-    const gone = new AbortController()
+    const gone = new Ended()
     let context: CallContext | undefined
     let loading = 0
     let unsent = 0
@@ -464,9 +506,9 @@ export function lookUpStream<Request>(
       call.on('data', (message: Request | Malformed) => {
         if (over) return
         account.receivedBytes += wireBytes(message)
-        const patience = new LookUpTime(gone.signal, frame.maxDeadlineMs)
+        const patience = new LookUpTime(gone, frame.maxDeadlineMs)
         try {
-          const reply = handler(wellFormed(message), known, () => patience.signal)
+          const reply = handler(wellFormed(message), known, () => patience.ending)
           if (reply instanceof Promise) void load(reply, patience)
           else answer(reply)
         } catch (error) {
@@ -487,27 +529,27 @@ export function lookUpStream<Request>(
   }
 }
 
-/** How long one look-up of a stream may take. Costs nothing until its signal is asked for. */
+/** How long one look-up of a stream may take. Costs nothing until its ending is asked for. */
 class LookUpTime {
-  readonly #gone: AbortSignal
+  readonly #gone: Ending
   readonly #maxMs: number
   #timer: NodeJS.Timeout | undefined
-  #controller: AbortController | undefined
-  readonly #leave = () => this.#controller?.abort(this.#gone.reason)
+  #ending: Ended | undefined
+  readonly #leave = () => this.#ending?.abort(this.#gone.reason)
 
-  constructor(gone: AbortSignal, maxMs: number) {
+  constructor(gone: Ending, maxMs: number) {
     this.#gone = gone
     this.#maxMs = maxMs
   }
 
-  get signal(): AbortSignal {
-    if (this.#controller === undefined) {
-      const controller = new AbortController()
-      this.#controller = controller
-      this.#gone.addEventListener('abort', this.#leave, { once: true })
-      this.#timer = setTimeout(() => controller.abort(deadlinePassed()), this.#maxMs)
+  get ending(): Ending {
+    if (this.#ending === undefined) {
+      const ending = new Ended()
+      this.#ending = ending
+      this.#gone.addEventListener('abort', this.#leave)
+      this.#timer = setTimeout(() => ending.abort(deadlinePassed()), this.#maxMs)
     }
-    return this.#controller.signal
+    return this.#ending
   }
 
   stop(): void {

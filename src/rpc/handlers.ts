@@ -36,7 +36,7 @@ import {
   WatchMetricsResponseSchema,
 } from '../gen/itemcache/v1/item_cache_pb.ts'
 import type { Subscriptions } from '../invalidation/subscriptions.ts'
-import { untilAborted } from '../invalidation/tail.ts'
+import { type Ending, untilAborted } from '../invalidation/tail.ts'
 import { etagOf, LIMITS } from '../item.ts'
 import type { InspectedParts } from '../service/inspect.ts'
 import { readPage } from '../service/list.ts'
@@ -127,7 +127,7 @@ export function implementation(
     const finish = (answer: Answer) => getItemReply(answer, request, mask, context)
     const hit = reader.hit(context.tenant, request.id, options)
     if (hit !== undefined) return finish(hit)
-    return reader.load(context.tenant, request.id, options, context.signal).then(finish)
+    return reader.load(context.tenant, request.id, options, context.ending).then(finish)
   }
 
   function getItemReply(
@@ -159,7 +159,7 @@ export function implementation(
   function streamItem(
     request: StreamItemsRequest,
     context: CallContext,
-    signal: () => AbortSignal,
+    ending: () => Ending,
   ): Reply | Promise<Reply> {
     const { tenant } = context
     const { correlationId, id, ifNoneMatch } = request
@@ -181,7 +181,7 @@ export function implementation(
         encodeStreamItem(correlationId, resultOf(answer, ifNoneMatch, mask), answer, reader.now())
       const hit = reader.hit(tenant, id, options)
       if (hit !== undefined) return finish(hit)
-      return reader.load(tenant, id, options, signal()).then(finish).catch(refuse)
+      return reader.load(tenant, id, options, ending()).then(finish).catch(refuse)
     } catch (error) {
       return refuse(error)
     }

@@ -56,8 +56,6 @@ export class Flight {
   readonly result: PromiseWithResolvers<Landed> = Promise.withResolvers()
   /** On the logical clock; `undefined` while no SELECT was sent. */
   sentAt: number | undefined
-  /** Resolves when the caches have been asked: from then on `fallback` is what Redis had. */
-  readonly cachesAsked: PromiseWithResolvers<undefined> = Promise.withResolvers()
   /** The copy that Redis had and that was not good enough: served, marked, when the tiers below are down. */
   fallback: Copy | undefined
   skipped: readonly Skipped[] = []
@@ -68,6 +66,8 @@ export class Flight {
   /** Called when the first reader comes to a flight that nobody waited for, and when it is over. */
   wake: (() => void) | undefined
   #readers = 0
+  #asked = false
+  #whenAsked: PromiseWithResolvers<undefined> | undefined
   #background: NodeJS.Timeout | undefined
   #over = false
   #controller: AbortController | undefined
@@ -79,8 +79,19 @@ export class Flight {
     this.load = load
     this.verifiedAfterMs = verifiedAfterMs ?? Number.NEGATIVE_INFINITY
     this.#ended = ended
-    // Nobody may be waiting any more when it fails.
-    this.result.promise.catch(() => {})
+  }
+
+  /** Resolves when the caches have been asked: from then on `fallback` is what Redis had. */
+  get cachesAsked(): Promise<undefined> {
+    this.#whenAsked ??= Promise.withResolvers()
+    if (this.#asked) this.#whenAsked.resolve(undefined)
+    return this.#whenAsked.promise
+  }
+
+  /** The caches have been asked. */
+  goBelow(): void {
+    this.#asked = true
+    this.#whenAsked?.resolve(undefined)
   }
 
   /** It has landed or failed, or nobody waits any more. */
@@ -106,16 +117,16 @@ export class Flight {
     return this.#token
   }
 
-  /** One more reader waits, until the answer is disposed. */
-  board(): Disposable {
+  /** One more reader waits, until it leaves. */
+  board(): void {
     this.#readers += 1
     if (this.#readers === 1) this.wake?.()
-    return {
-      [Symbol.dispose]: () => {
-        this.#readers -= 1
-        this.#endUnlessAwaited()
-      },
-    }
+  }
+
+  /** A reader who has boarded waits no more. */
+  leave(): void {
+    this.#readers -= 1
+    this.#endUnlessAwaited()
   }
 
   /** Goes on for at most so long although no reader waits. False when it does already, or is over. */
@@ -134,14 +145,20 @@ export class Flight {
   }
 
   fail(error: unknown): void {
-    if (this.#end(false)) this.result.reject(error)
+    if (this.#end(false)) this.#reject(error)
   }
 
   #endUnlessAwaited(): void {
     if (this.#readers > 0 || this.#background !== undefined || !this.#end(true)) return
     const reason = nobodyWaits()
-    this.result.reject(reason)
+    this.#reject(reason)
     this.#controller?.abort(reason)
+  }
+
+  #reject(reason: unknown): void {
+    // Nobody may be waiting any more.
+    this.result.promise.catch(() => {})
+    this.result.reject(reason)
   }
 
   /** False when it was over already. */

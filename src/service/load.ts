@@ -293,7 +293,7 @@ export class Loader {
     const sentAt = this.tick()
     const sentAtMs = this.#options.now()
     flight.sentAt = sentAt
-    flight.cachesAsked.resolve(undefined)
+    flight.goBelow()
     this.#parts.metrics.loads++
     try {
       using asking = walk('postgres.read', [flight], 1)
@@ -369,7 +369,7 @@ export class Loader {
     const sentAtMs = this.#options.now()
     for (const flight of flights) {
       flight.sentAt = sentAt
-      flight.cachesAsked.resolve(undefined)
+      flight.goBelow()
     }
     if (!again) metrics.loads += flights.length
     using asking = walk('postgres.read', flights, flights.length)

@@ -20,7 +20,7 @@
  * Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache Stampede Prevention, VLDB 2015.
  */
 import { ItemCacheError } from '../errors.ts'
-import { aheadOfLog, untilAborted } from '../invalidation/tail.ts'
+import { aheadOfLog, type Ending, untilAborted } from '../invalidation/tail.ts'
 import type { Verdict, View } from '../invalidation/view.ts'
 import type { Trace, Tracing } from '../observe/tracing.ts'
 import type { Copy, Revision, Snapshot, TierName } from '../tiers/tier.ts'
@@ -199,20 +199,23 @@ export class Reader {
    * Brings an item into memory, from wherever it is, if that does not take long. Counts as no read; throws only what ends
    * the signal.
    */
-  async recall(tenant: string, id: string, signal: AbortSignal, trace?: Trace): Promise<void> {
+  async recall(tenant: string, id: string, signal: Ending, trace?: Trace): Promise<void> {
     if (!this.#parts.memory.enabled || !this.#loader.isCached(tenant, id)) return
     const { promise: late, resolve: isLate } = Promise.withResolvers<void>()
     const timer = setTimeout(isLate, RECALL_MS)
+    let flight: Flight | undefined
     try {
-      const { flight, joined } = this.#flights.join(tenant, id, 'cached', {})
-      if (trace !== undefined) board(trace, flight, 'cached', joined)
-      using _waiting = flight.board()
+      const { flight: shared, joined } = this.#flights.join(tenant, id, 'cached', {})
+      flight = shared
+      if (trace !== undefined) show(trace, flight, 'cached', joined)
+      flight.board()
       await untilAborted(Promise.race([flight.result.promise, late]), signal)
     } catch {
       // Whoever wants the item finds out why there is none.
       signal.throwIfAborted()
     } finally {
       clearTimeout(timer)
+      flight?.leave()
     }
   }
 
@@ -224,7 +227,7 @@ export class Reader {
   }
 
   /** The answer for one item, from whichever tier has it. Throws `ItemCacheError`. */
-  async read(tenant: string, id: string, options: ReadOptions, signal: AbortSignal): Promise<Answer> {
+  async read(tenant: string, id: string, options: ReadOptions, signal: Ending): Promise<Answer> {
     return this.hit(tenant, id, options) ?? this.load(tenant, id, options, signal)
   }
 
@@ -232,29 +235,22 @@ export class Reader {
    * The answer for a list page, which is a copy like an item's: `id` and `tags` must not be those of items (see
    * `LISTED`), and `load` reads the page. Throws `ItemCacheError`.
    */
-  async page(tenant: string, id: string, load: Load, signal: AbortSignal, trace?: Trace): Promise<Answer> {
+  async page(tenant: string, id: string, load: Load, signal: Ending, trace?: Trace): Promise<Answer> {
     const options = trace === undefined ? DEFAULT_READ : { ...DEFAULT_READ, trace }
     return this.hit(tenant, id, options, load) ?? this.load(tenant, id, options, signal, load)
   }
 
   /** The answer for an item that `hit` could not give. Throws `ItemCacheError`. */
-  async load(
-    tenant: string,
-    id: string,
-    options: ReadOptions,
-    signal: AbortSignal,
-    load?: Load,
-  ): Promise<Answer> {
+  async load(tenant: string, id: string, options: ReadOptions, signal: Ending, load?: Load): Promise<Answer> {
     const { metrics } = this.#parts
     const startedMs = this.#options.now()
+    const isCached = this.#loader.isCached(tenant, id)
     try {
-      if (!this.#loader.isCached(tenant, id)) {
-        const answer = await this.#bypass(tenant, id, options, signal, load)
-        metrics.bypassedReads.record(this.#options.now() - startedMs)
-        return answer
-      }
-      const answer = await this.#load(tenant, id, options, signal, load)
-      metrics.cachedReads.record(this.#options.now() - startedMs)
+      const isNew = isCached && this.#parts.tail.view(tenant) === undefined
+      const hit = isNew ? await this.#activated(tenant, id, options, signal, load) : undefined
+      const answer = hit ?? (await this.#fromBelow(tenant, id, options, signal, load, isCached))
+      const latency = isCached ? metrics.cachedReads : metrics.bypassedReads
+      latency.record(this.#options.now() - startedMs)
       return answer
     } catch (error) {
       metrics.failedReads++
@@ -263,11 +259,15 @@ export class Reader {
   }
 
   /** Makes sure that PostgreSQL holds what the origin knows of an item, and says what it holds. */
-  async loaded(tenant: string, id: string, signal: AbortSignal, trace?: Trace): Promise<Copy> {
+  async loaded(tenant: string, id: string, signal: Ending, trace?: Trace): Promise<Copy> {
     const { flight, joined } = this.#flights.join(tenant, id, 'direct', {})
-    if (trace !== undefined) board(trace, flight, 'direct', joined)
-    using _waiting = flight.board()
-    return (await untilAborted(flight.result.promise, signal)).copy
+    if (trace !== undefined) show(trace, flight, 'direct', joined)
+    flight.board()
+    try {
+      return (await untilAborted(flight.result.promise, signal)).copy
+    } finally {
+      flight.leave()
+    }
   }
 
   /** A copy of what a statement has just read, good for its TTL from `sentAtMs` on. */
@@ -315,39 +315,43 @@ export class Reader {
     return answer
   }
 
-  async #load(
+  /**
+   * Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed.
+   * Another caller may have waited for the same, and memory have the item since.
+   */
+  async #activated(
     tenant: string,
     id: string,
     options: ReadOptions,
-    signal: AbortSignal,
+    signal: Ending,
     load: Load | undefined,
-  ): Promise<Answer> {
-    if (this.#parts.tail.view(tenant) === undefined) {
-      // Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed.
-      const activated = walked('postgres.log', options, () =>
-        this.#parts.tail.activated(tenant, signal),
-      ).catch((error: unknown) => {
+  ): Promise<Answer | undefined> {
+    const activated = walked('postgres.log', options, () => this.#parts.tail.activated(tenant, signal)).catch(
+      (error: unknown) => {
         if (whyNoAnswer(error) === undefined) throw error
-      })
-      if (options.freshness === 'FRESH') activated.catch(() => {})
-      else await activated
-      const hit = this.hit(tenant, id, options, load)
-      if (hit !== undefined) return hit
-    }
-    if (options.freshness === 'CACHE_ONLY') return this.#fromRedisOnly(tenant, id, options, signal)
-    return this.#fromFlight(tenant, id, options, signal, load)
+      },
+    )
+    if (options.freshness === 'FRESH') activated.catch(() => {})
+    else await activated
+    return this.hit(tenant, id, options, load)
   }
 
-  /** The answer for a key outside the share that goes through the caches: PostgreSQL's own. */
-  async #bypass(
+  /** The answer of the tiers below memory; for a key outside the share that goes through the caches PostgreSQL's own. */
+  #fromBelow(
     tenant: string,
     id: string,
     options: ReadOptions,
-    signal: AbortSignal,
+    signal: Ending,
     load: Load | undefined,
+    isCached: boolean,
   ): Promise<Answer> {
-    if (options.freshness === 'CACHE_ONLY') return this.#nothing(NOTHING_SKIPPED)
-    return this.#fromFlight(tenant, id, { ...options, freshness: 'FRESH' }, signal, load)
+    if (options.freshness === 'CACHE_ONLY') {
+      return isCached
+        ? this.#fromRedisOnly(tenant, id, options, signal)
+        : Promise.resolve(this.#nothing(NOTHING_SKIPPED))
+    }
+    const asked: ReadOptions = isCached ? options : { ...options, freshness: 'FRESH' }
+    return this.#fromFlight(tenant, id, asked, signal, load)
   }
 
   /** The answer that a copy allows, or `undefined` when it is not good enough for the reader. */
@@ -394,12 +398,7 @@ export class Reader {
     return copy
   }
 
-  async #fromRedisOnly(
-    tenant: string,
-    id: string,
-    options: ReadOptions,
-    signal: AbortSignal,
-  ): Promise<Answer> {
+  async #fromRedisOnly(tenant: string, id: string, options: ReadOptions, signal: Ending): Promise<Answer> {
     using asking = this.#loader.walkOfRedis('redis.read', [options], 1)
     const answer = await untilAborted(this.#loader.readRedis(tenant, [id]), signal)
     const skipped = this.#loader.skipped(answer.skipped)
@@ -443,7 +442,7 @@ export class Reader {
     tenant: string,
     id: string,
     options: ReadOptions,
-    signal: AbortSignal,
+    signal: Ending,
     load: Load | undefined,
   ): Promise<Answer> {
     const began = this.#loader.tick()
@@ -451,7 +450,7 @@ export class Reader {
     let route: Route = fresh ? 'direct' : 'cached'
     for (;;) {
       const { flight, joined } = this.#flights.join(tenant, id, route, { load })
-      if (options.trace !== undefined) board(options.trace, flight, route, joined)
+      if (options.trace !== undefined) show(options.trace, flight, route, joined)
       const landed = await this.#patiently(tenant, flight, options, signal, joined)
       if ('outcome' in landed) return landed
       const { copy, tier, skipped, sentAt } = landed
@@ -495,27 +494,27 @@ export class Reader {
     tenant: string,
     flight: Flight,
     options: ReadOptions,
-    signal: AbortSignal,
+    signal: Ending,
     joined: boolean,
   ): Promise<Landed | Answer> {
-    using _waiting = flight.board()
     const { promise } = flight.result
+    const mayBeStale = options.allowStale && options.freshness !== 'FRESH'
     const instead = (why: Why) =>
       this.#staleInstead(tenant, flight.id, options, flight, { ...why, coalesced: joined })
-    if (!options.allowStale || options.freshness === 'FRESH') return await untilAborted(promise, signal)
     // What comes first: the flight's end, the soft timeout (`undefined`), or the signal's.
     const { promise: first, resolve, reject } = Promise.withResolvers<Landed | undefined>()
-    const timer = setTimeout(resolve, this.#options.softTimeoutMs, undefined)
+    const timer = mayBeStale ? setTimeout(resolve, this.#options.softTimeoutMs, undefined) : undefined
     const leave = () => reject(signal.reason)
+    flight.board()
     signal.addEventListener('abort', leave, { once: true })
     if (signal.aborted) leave()
     promise.then(resolve, reject)
     // While polls fail there is little to wait for once the caches have been asked. But PostgreSQL may answer all the
     // same: a copy whose content is known to have changed is served only when it has not in time.
-    const down = this.#parts.tail.failing
+    const down = mayBeStale && this.#parts.tail.failing
     try {
       if (down) {
-        const landed = await Promise.race([first, flight.cachesAsked.promise])
+        const landed = await Promise.race([first, flight.cachesAsked])
         if (landed !== undefined) return landed
         const stale = instead({ reason: 'TIER_DOWN' })
         if (stale !== undefined) {
@@ -539,6 +538,7 @@ export class Reader {
     } finally {
       clearTimeout(timer)
       signal.removeEventListener('abort', leave)
+      flight.leave()
     }
   }
 
@@ -652,7 +652,7 @@ function plainAnswer(copy: Copy): Answer {
 }
 
 /** A caller who is traced waits for a flight: the tiers that it has yet to walk show in some trace. */
-function board(trace: Trace, flight: Flight, route: Route, joined: boolean): void {
+function show(trace: Trace, flight: Flight, route: Route, joined: boolean): void {
   if (joined) trace.coalesced(flight.trace)
   if (!flight.trace?.recorded && !flight.isOver) follow(flight, trace.load(route))
 }

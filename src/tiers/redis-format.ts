@@ -45,7 +45,12 @@ export const MAX_TTL_MS = 0xffff_ffff
  * All strings must be well-formed UTF-16; throws `URIError` otherwise.
  */
 export function redisKey(prefix: string, tenant: string, id: string): string {
-  return `ic:${FORMAT_VERSION}:${[prefix, tenant, id].map(encodeURIComponent).join(':')}`
+  return `${redisKeyStart(prefix, tenant)}${encodeURIComponent(id)}`
+}
+
+/** What the keys of a tenant's items begin with: the rest is the id, encoded. */
+export function redisKeyStart(prefix: string, tenant: string): string {
+  return `ic:${FORMAT_VERSION}:${encodeURIComponent(prefix)}:${encodeURIComponent(tenant)}:`
 }
 
 /**
@@ -164,8 +169,8 @@ export function decodeCopy(id: string, value: Buffer, leftMs: number, sentAtMs: 
   if (value.length < TAGS_AT + 4 || value[0] !== FORMAT_VERSION) return undefined
   if (value.readUInt32BE(CRC_AT) !== checksum(value)) return undefined
   const flags = value.readUInt8(1)
-  const asOf = Number(value.readBigUInt64BE(AS_OF_AT))
-  const revision = Number(value.readBigUInt64BE(REVISION_AT))
+  const asOf = readUint64(value, AS_OF_AT)
+  const revision = readUint64(value, REVISION_AT)
   const ageMs = value.readDoubleBE(AGE_AT)
   const freshMs = value.readDoubleBE(FRESH_AT)
   if ((flags & ~ABSENT) !== 0 || !Number.isSafeInteger(asOf) || !Number.isSafeInteger(revision))
@@ -206,6 +211,11 @@ export function decodeCopy(id: string, value: Buffer, leftMs: number, sentAtMs: 
 function sinceWrite(ttlMs: number, leftMs: number): number | undefined {
   if (leftMs === -2) return 0
   return leftMs < 0 ? undefined : Math.max(0, ttlMs - leftMs)
+}
+
+/** Exact up to `Number.MAX_SAFE_INTEGER`, and above it greater than that. */
+function readUint64(value: Buffer, at: number): number {
+  return value.readUInt32BE(at) * 2 ** 32 + value.readUInt32BE(at + 4)
 }
 
 function checksum(value: Buffer): number {

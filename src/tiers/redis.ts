@@ -28,6 +28,7 @@ import {
   RELEASE_SCRIPT,
   RENEW_SCRIPT,
   redisKey,
+  redisKeyStart,
   STORE_SCRIPT,
 } from './redis-format.ts'
 import { parseRedisUrl, type RedisTarget } from './redis-url.ts'
@@ -195,7 +196,8 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     const copies = new Map<string, Copy>()
     if (this.#client.status !== 'ready') return { copies, skipped: 'down' }
     const sentAtMs = this.#now()
-    const entries = ids.map((id) => ({ id, key: redisKey(this.#prefix, tenant, id) }))
+    const start = redisKeyStart(this.#prefix, tenant)
+    const entries = ids.map((id) => ({ id, key: start + encodeURIComponent(id) }))
     const replies = await this.#run(entries, READ)
     for (const { id, key } of entries) {
       const copy = this.#copyOf(id, replies.get(key), sentAtMs)

@@ -39,8 +39,10 @@ describe('flights', () => {
   test('of a reader who comes in the tick in which all before have left are not given up with theirs', async () => {
     const groups: Group[] = []
     const flights = new Flights((group) => groups.push(group))
-    flights.join('t', 'a', 'cached', {}).flight.board()[Symbol.dispose]()
-    using _waiting = flights.join('t', 'b', 'cached', {}).flight.board()
+    const { flight: left } = flights.join('t', 'a', 'cached', {})
+    left.board()
+    left.leave()
+    flights.join('t', 'b', 'cached', {}).flight.board()
     await expect
       .poll(() => groups.map(({ flights: left, signal }) => [left.map(({ id }) => id), signal.aborted]))
       .toEqual([[['b'], false]])

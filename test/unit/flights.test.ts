@@ -1083,9 +1083,10 @@ test('a reader who comes after all others have left, before their load began, is
   const departed = Promise.withResolvers<Group>()
   const flights = new Flights(departed.resolve)
   const { flight: left } = flights.join(TENANT, 'a', 'cached', {})
-  left.board()[Symbol.dispose]()
+  left.board()
+  left.leave()
   const { flight } = flights.join(TENANT, 'a', 'cached', {})
-  using _waiting = flight.board()
+  flight.board()
   const group = await departed.promise
   expect(group.flights).toEqual([flight])
   expect(group.signal.aborted).toBe(false)
