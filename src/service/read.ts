@@ -162,7 +162,7 @@ export class Reader {
       if (found?.bytes === undefined || startedMs >= found.freshUntilMs) break
       if (view.judge(found) !== 'current') break
       memory.foundIsHit()
-      const copy = this.#passed(tenant, view, found, 'memory')
+      const copy = this.#passed(view, found, 'memory')
       this.#parts.probe.served(tenant, copy, view)
       if (this.#isDue(copy, startedMs)) this.#refreshEarly(tenant, copy, undefined, undefined)
       copies.push(copy)
@@ -369,7 +369,7 @@ export class Reader {
     if (!view.hasHeard(now)) return undefined
     const verdict = view.judge(found)
     let copy = found
-    if (verdict === 'current') copy = this.#passed(tenant, view, found, tier)
+    if (verdict === 'current') copy = this.#passed(view, found, tier)
     else if (verdict !== 'expired') return undefined
     if (!fits(copy, options, now)) return undefined
     if (verdict === 'current' && now < copy.freshUntilMs) {
@@ -391,9 +391,8 @@ export class Reader {
   }
 
   /** A copy that has passed the rule, stamped. */
-  #passed(tenant: string, view: View, found: Copy, tier: 'memory' | 'redis'): Copy {
-    const copy = stamp(view, found)
-    if (copy !== found && tier === 'memory') this.#parts.memory.restamp(tenant, copy.id, copy.asOf)
+  #passed(view: View, found: Copy, tier: 'memory' | 'redis'): Copy {
+    const copy = tier === 'memory' ? this.#parts.memory.restamp(found, view.position) : stamp(view, found)
     view.ahead(copy)
     return copy
   }

@@ -319,14 +319,6 @@ export class Lru<V> {
     return true
   }
 
-  /** Puts another value of the same cost and times into an entry that is there; false if none is. Touches nothing. */
-  replace(key: string, value: V, owner = ''): boolean {
-    const slot = this.#findLiving(key, owner)
-    if (slot === NONE) return false
-    this.#parts[slot * PARTS + VALUE] = value
-    return true
-  }
-
   /** Whether there was an entry to delete. One that is gone already is fine. */
   delete(key: string, owner = ''): boolean {
     const slot = this.#find(key, owner, this.#hash(key, owner))

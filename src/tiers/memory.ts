@@ -47,11 +47,16 @@ interface TenantLock {
   users: number
 }
 
+/** A copy as the tier has it: of nobody else. */
+interface HeldCopy extends Copy {
+  asOf: Revision
+}
+
 export class MemoryTier implements CacheTier {
   readonly name = 'memory'
   /** False: the tier is off. */
   readonly enabled: boolean
-  readonly #copies: Lru<Copy>
+  readonly #copies: Lru<HeldCopy>
   readonly #maxStaleMs: number
   readonly #jitter: number
   readonly #random: () => number
@@ -61,7 +66,7 @@ export class MemoryTier implements CacheTier {
   /** Throws a `RangeError` for bounds that are not positive. */
   constructor(options: MemoryTierOptions) {
     this.enabled = options.enabled ?? true
-    this.#copies = new Lru<Copy>({ ...options, ownerShare: options.tenantShare ?? 1 })
+    this.#copies = new Lru<HeldCopy>({ ...options, ownerShare: options.tenantShare ?? 1 })
     this.#jitter = options.jitter ?? 0
     this.#random = options.random ?? Math.random
     this.#maxStaleMs = options.maxStaleMs
@@ -96,24 +101,16 @@ export class MemoryTier implements CacheTier {
     // A copy that is still fresh is kept, however short stale answers are allowed to be.
     const hardMs = this.#maxStaleMs * (1 - this.#jitter * this.#random())
     const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + hardMs)
-    return this.#copies.set(
-      copy.id,
-      withOwnBytes(copy),
-      costOf(tenant, copy),
-      copy.freshUntilMs,
-      hardUntilMs,
-      tenant,
-    )
+    return this.#copies.set(copy.id, held(copy), costOf(tenant, copy), copy.freshUntilMs, hardUntilMs, tenant)
   }
 
   /**
-   * Raises the as-of of the copy that is there: it was found to be the state at `asOf` too. Times and recency stay.
-   * False when there is no copy, or one that is as new.
+   * Raises the as-of of a copy that this tier gave out: it was found to be the state at `asOf` too. In place, since every
+   * hit of a busy tenant does it; whoever else holds the copy holds what is true of it.
    */
-  restamp(tenant: string, id: string, asOf: Revision): boolean {
-    const stored = this.#copies.peek(id, tenant)
-    if (stored === undefined || stored.asOf >= asOf) return false
-    return this.#copies.replace(id, { ...stored, asOf }, tenant)
+  restamp(copy: Copy, asOf: Revision): Copy {
+    if (asOf > copy.asOf) (copy as HeldCopy).asOf = asOf
+    return copy
   }
 
   /** Whether there was a copy to delete. One that is gone already is fine. */
@@ -203,9 +200,9 @@ function costOf(tenant: string, { id, bytes, tags }: Copy): number {
   return cost
 }
 
-/** The copy, with bytes that are not a window into a larger buffer (a driver's), which they would keep alive. */
-function withOwnBytes(copy: Copy): Copy {
+/** A copy that nobody else has, with bytes that are not a window into a larger buffer (a driver's), which they would keep alive. */
+function held(copy: Copy): HeldCopy {
   const { bytes } = copy
-  if (bytes === undefined || bytes.byteLength === bytes.buffer.byteLength) return copy
-  return { ...copy, bytes: new Uint8Array(bytes) }
+  const isWhole = bytes === undefined || bytes.byteLength === bytes.buffer.byteLength
+  return { ...copy, bytes: isWhole ? bytes : new Uint8Array(bytes) }
 }

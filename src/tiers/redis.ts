@@ -199,13 +199,13 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     const start = redisKeyStart(this.#prefix, tenant)
     const entries = ids.map((id) => ({ id, key: start + encodeURIComponent(id) }))
     const replies = await this.#run(entries, READ)
-    for (const { id, key } of entries) {
-      const copy = this.#copyOf(id, replies.get(key), sentAtMs)
+    for (const [n, { id }] of entries.entries()) {
+      const copy = this.#copyOf(id, replies[n], sentAtMs)
       if (copy !== undefined) copies.set(id, copy)
     }
     this.counters.hits += copies.size
     this.counters.misses += ids.length - copies.size
-    const skipped = skipReason([...replies.values()])
+    const skipped = skipReason(replies)
     return skipped === undefined ? { copies } : { copies, skipped }
   }
 
@@ -227,18 +227,15 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
   async acquire(tenant: string, claims: readonly LockClaim[]): Promise<ReadonlyMap<string, LockState>> {
     const ask = (asking: readonly LockClaim[]) =>
       this.#runLocks(tenant, asking, (to, key, token) => to.takeLock(key, token, this.#lockTtlMs))
-    const replyTo = (replies: ReadonlyMap<string, Reply>, { id }: LockClaim) =>
-      replies.get(lockKey(this.#prefix, tenant, id))
     const first = await ask(claims)
-    const failed = claims.filter((claim) => replyTo(first, claim) instanceof Error)
-    const second = failed.length > 0 ? await ask(failed) : undefined
-    const stateOf = (claim: LockClaim): LockState => {
-      const again = second && replyTo(second, claim)
-      if (again === undefined) return lockState(replyTo(first, claim))
-      const state = lockState(again)
-      return state === 'ours' ? 'handed-on' : state
+    const states = new Map(claims.map(({ id }, n) => [id, lockState(first[n])]))
+    const failed = claims.filter((_, n) => first[n] instanceof Error)
+    const second = failed.length > 0 ? await ask(failed) : []
+    for (const [n, { id }] of failed.entries()) {
+      const state = lockState(second[n])
+      states.set(id, state === 'ours' ? 'handed-on' : state)
     }
-    return new Map(claims.map((claim) => [claim.id, stateOf(claim)]))
+    return states
   }
 
   async renew(tenant: string, claims: readonly LockClaim[]): Promise<void> {
@@ -256,7 +253,7 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     if (this.#client.status !== 'ready') return { present: false, skipped: 'down' }
     const sentAtMs = this.#now()
     const key = redisKey(this.#prefix, tenant, id)
-    const reply = (await this.#run([{ key }], READ)).get(key)
+    const [reply] = await this.#run([{ key }], READ)
     const skipped = skipReason([reply])
     if (skipped !== undefined) return { present: false, skipped }
     const copy = this.#copyOf(id, reply, sentAtMs)
@@ -306,8 +303,8 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     tenant: string,
     claims: readonly LockClaim[],
     give: (to: ChainableCommander | Redis | Cluster, key: string, token: string) => unknown,
-  ): Promise<ReadonlyMap<string, Reply>> {
-    if (this.#client.status !== 'ready') return Promise.resolve(new Map())
+  ): Promise<readonly (Reply | undefined)[]> {
+    if (this.#client.status !== 'ready') return Promise.resolve([])
     const entries = claims.map(({ id, token }) => ({ token, key: lockKey(this.#prefix, tenant, id) }))
     return this.#run(entries, {
       most: 1,
@@ -341,32 +338,35 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     return copy
   }
 
-  /** Sends all entries at once; in a cluster once to each node that has any. Never throws. */
-  async #run<E extends Keyed>(entries: readonly E[], order: Order<E>): Promise<ReadonlyMap<string, Reply>> {
-    const replies = new Map<string, Reply>()
-    if (!(this.#client instanceof Cluster)) {
-      await this.#send(entries, order, replies)
-      return replies
-    }
+  /** Sends all entries at once; in a cluster once to each node that has any. What was said of each. Never throws. */
+  async #run<E extends Keyed>(
+    entries: readonly E[],
+    order: Order<E>,
+  ): Promise<readonly (Reply | undefined)[]> {
+    if (!(this.#client instanceof Cluster)) return this.#send(entries, order)
+    const replies = new Map<E, Reply | undefined>()
     const alone = { ...order, most: 1 }
-    await Promise.all(byNode(this.#client, entries).map((ofOneNode) => this.#send(ofOneNode, alone, replies)))
+    const send = async (some: readonly E[]) => {
+      const said = await this.#send(some, alone)
+      for (const [n, entry] of some.entries()) replies.set(entry, said[n])
+    }
+    await Promise.all(byNode(this.#client, entries).map(send))
     // ioredis follows a redirection (slots that moved) only when all of a pipeline is redirected alike, which
     // holds for one key. Reads and the scripts may all be repeated.
-    const failed = entries.filter(({ key }) => {
-      const reply = replies.get(key)
+    const failed = entries.filter((entry) => {
+      const reply = replies.get(entry)
       return reply instanceof Error && reply.message !== TIMED_OUT && !isWrongType(reply)
     })
-    await Promise.all(failed.map((entry) => this.#send([entry], alone, replies)))
-    return replies
+    await Promise.all(failed.map((entry) => send([entry])))
+    return entries.map((entry) => replies.get(entry))
   }
 
   /** One round trip: a command, or a pipeline of them. */
   async #send<E extends Keyed>(
     entries: readonly E[],
     { most, width, give }: Order<E>,
-    replies: Map<string, Reply>,
-  ): Promise<void> {
-    if (entries.length === 0) return
+  ): Promise<readonly Reply[]> {
+    if (entries.length === 0) return []
     this.counters.roundTrips += 1
     let results: readonly (readonly [Error | null, unknown])[]
     try {
@@ -380,15 +380,15 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     } catch (error) {
       results = Array.from({ length: Math.ceil(entries.length / most) }, () => [error as Error, undefined])
     }
-    for (const [index, { key }] of entries.entries()) {
-      const [error = null, result] = results[Math.floor(index / most)] ?? []
-      const parts = Array.isArray(result) ? result : [result]
-      const at = (index % most) * width
-      replies.set(key, error ?? parts.slice(at, at + width))
-    }
     const errors = results.flatMap(([error]) => error ?? [])
     if (errors.some(({ message }) => message === TIMED_OUT)) this.counters.timeouts += 1
     else if (errors.length > 0) this.counters.errors += 1
+    return entries.map((_, n) => {
+      const [error = null, result] = results[Math.floor(n / most)] ?? []
+      const parts = Array.isArray(result) ? result : [result]
+      const at = (n % most) * width
+      return error ?? parts.slice(at, at + width)
+    })
   }
 
   /**

@@ -195,13 +195,6 @@ const set = (key: string, value: number, cost: number, softMs: number, hardMs: n
     assert.equal(lru.set(nameOf(key), value, cost, softUntilMs, hardUntilMs, ownerOf(key)), stored)
   })
 
-const replace = (key: string, value: number) =>
-  new Step(`replace(${key}, ${value})`, (model, { lru }) => {
-    const found = model.living(key)
-    model.held = model.held.map((entry) => (entry === found ? { ...entry, value } : entry))
-    assert.equal(lru.replace(nameOf(key), value, ownerOf(key)), found !== undefined)
-  })
-
 const remove = (key: string) =>
   new Step(`delete(${key})`, (model, { lru }) => {
     assert.equal(lru.delete(nameOf(key), ownerOf(key)), model.delete(key))
@@ -231,20 +224,9 @@ function commandsOver(keys: fc.Arbitrary<string>, maxCommands: number) {
     .tuple(keys, fc.nat(999), fc.integer({ min: 0, max: 12 }), fc.nat(10), fc.nat(20))
     .map((args) => set(...args))
   const gets = keys.map(get)
-  const replaces = fc.tuple(keys, fc.nat(999)).map((args) => replace(...args))
   // What is listed twice comes twice as often.
   return fc.commands(
-    [
-      sets,
-      sets,
-      gets,
-      gets,
-      keys.map(look),
-      keys.map(remove),
-      replaces,
-      fc.nat(6).map(wait),
-      fc.constant(clear()),
-    ],
+    [sets, sets, gets, gets, keys.map(look), keys.map(remove), fc.nat(6).map(wait), fc.constant(clear())],
     { maxCommands, size: 'max' },
   )
 }

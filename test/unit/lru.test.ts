@@ -58,7 +58,7 @@ describe('what is held', () => {
     expect(lru.stats()).toMatchObject({ insertions: 3, entries: 3, bytes: 7 })
   })
 
-  test('only real reads count as use: looking, inspecting, iterating and replacing do not', () => {
+  test('only real reads count as use: looking, inspecting and iterating do not', () => {
     const lru = lruAt({ ms: 0 })
     for (const key of ['a', 'b', 'c']) lru.set(key, key, 1)
     const before = lru.stats()
@@ -66,22 +66,9 @@ describe('what is held', () => {
     expect(lru.has('a')).toBe(true)
     expect(lru.inspect('a')).toMatchObject({ value: 'a', cost: 1 })
     expect(lru.entries()).toHaveLength(3)
-    expect(lru.replace('a', 'A')).toBe(true)
     expect(lru.stats()).toEqual(before)
     lru.set('d', 'd', 1)
     expect(lru.has('a')).toBe(false)
-  })
-
-  test('replacing keeps cost and times, and does nothing to a key that is gone', () => {
-    const clock = { ms: 0 }
-    const lru = lruAt(clock)
-    lru.set('a', 'A', 7, 10, 20)
-    expect(lru.replace('a', 'B')).toBe(true)
-    expect(lru.inspect('a')).toEqual({ value: 'B', cost: 7, softUntilMs: 10, hardUntilMs: 20 })
-    clock.ms = 20
-    expect(lru.replace('a', 'C')).toBe(false)
-    expect(lru.replace('b', 'C')).toBe(false)
-    expect(lru.has('b')).toBe(false)
   })
 
   test('clearing deletes everything, and the map goes on from there', () => {
