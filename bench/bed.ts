@@ -17,7 +17,7 @@ import { startPostgres } from '../src/embedded/postgres.ts'
 import { startRedis } from '../src/embedded/redis.ts'
 import { ItemCacheService, type MetricsSnapshot } from '../src/gen/itemcache/v1/item_cache_pb.ts'
 import { makeRunDirectory } from '../test/support/run-directory.ts'
-import { type Asked, start } from './control.ts'
+import { type Asked, SERVER_ARGUMENTS, start } from './control.ts'
 
 const ROOT = join(import.meta.dirname, '..')
 
@@ -58,12 +58,6 @@ export interface Instance {
   batchGet(ids: readonly string[], tenant: string): Promise<Buffer>
 }
 
-/** What `npm start` gives Node. */
-const NODE_ARGUMENTS =
-  /exec node (.*) src\/main\.ts$/
-    .exec(JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8')).scripts.start)?.[1]
-    ?.split(' ') ?? []
-
 export async function startBed(): Promise<Bed> {
   await using started = new AsyncDisposableStack()
   const directory = started.use(makeRunDirectory())
@@ -87,7 +81,7 @@ export async function startBed(): Promise<Bed> {
       cwd: directory.path,
       stdout: 'pipe',
       core: options.core,
-      execArgv: [...NODE_ARGUMENTS, ...(options.execArgv ?? [])],
+      execArgv: [...SERVER_ARGUMENTS, ...(options.execArgv ?? [])],
       env: {
         DATABASE_URL: postgres.url,
         REDIS_URL: redis.url,

@@ -37,6 +37,14 @@ export function cpuUs(): number {
   return user + system
 }
 
+/** What `npm start` gives Node. */
+export const SERVER_ARGUMENTS: readonly string[] =
+  /exec node (.*) src\/main\.ts$/
+    .exec(
+      JSON.parse(readFileSync(join(import.meta.dirname, '..', 'package.json'), 'utf8')).scripts.start,
+    )?.[1]
+    ?.split(' ') ?? []
+
 /** A process that answers. Disposed, it is killed: it holds nothing that matters. */
 export interface Asked extends AsyncDisposable {
   readonly pid: number
@@ -129,3 +137,6 @@ const [first, second] = cores()
 /** Where the measured server runs, and where everything that loads it does. Undefined: there are no two cores. */
 export const SERVER_CORE = second === undefined ? undefined : first
 export const LOAD_CORE = second
+
+/** How a server runs that ours is compared with. */
+export const SERVER: StartOptions = { core: SERVER_CORE, execArgv: SERVER_ARGUMENTS }

@@ -2,7 +2,7 @@
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fillItems } from '../bed.ts'
-import { LOAD_CORE, SERVER_CORE, start } from '../control.ts'
+import { LOAD_CORE, SERVER, start } from '../control.ts'
 import type { Measured } from '../report.ts'
 import { median } from '../report.ts'
 import type { Run } from '../rows.ts'
@@ -42,7 +42,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   ]
   for (const kind of KINDS) {
     progress(`filling ${kind}`)
-    const edge = stack.use(start(join(import.meta.dirname, 'edge.ts'), { core: SERVER_CORE }))
+    const edge = stack.use(start(join(import.meta.dirname, 'edge.ts'), SERVER))
     const options: EdgeOptions = {
       kind,
       databaseUrl: hot.bed.databaseUrl,

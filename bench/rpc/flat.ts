@@ -8,7 +8,7 @@ import type { Mix } from './mixed-load.ts'
 import { compare, cpuPerCall, startBare } from './unary.ts'
 
 const FEW = 1000
-const CALLS = 20_000
+const CALLS = 12_000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   const many = full ? 1_000_000 : 100_000
@@ -52,9 +52,16 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
     () => cpuPerCall(target, alone),
     progress,
   )
+  progress('the same, one call at a time on each connection')
+  const oneEach = await compare(
+    rounds,
+    () => cpuPerCall(target, crowd),
+    () => cpuPerCall(target, { ...alone, concurrent: 1 }),
+    progress,
+  )
   const bare = await startBare(target.answer)
   await using _bare = bare.process
-  progress('the same of a bare handler')
+  progress('200 calls at a time, of a bare handler')
   const ofBare = await compare(
     rounds,
     () => cpuPerCall(bare.target, crowd),
@@ -64,5 +71,6 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   return [
     { row: 'flat-entries', ...entries, note: `${many.toLocaleString('en')} entries` },
     { row: 'flat-connections', ...connections, note: `a bare handler's ratio: ${ofBare.ratio.toFixed(2)}` },
+    { row: 'flat-connections-one-each', ...oneEach },
   ]
 }

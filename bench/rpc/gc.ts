@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { LOAD_CORE, SERVER_CORE, start } from '../control.ts'
 import { type Measured, median, percentile } from '../report.ts'
 import type { Run } from '../rows.ts'
+import { machineStalls } from '../stalls.ts'
 import { LASTING, startHot, warm } from './hot.ts'
 import type { Arrivals, Latencies } from './open-loop.ts'
 
@@ -11,8 +12,9 @@ const PER_S = 2000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   const many = full ? 1_000_000 : 100_000
-  const seconds = full ? 30 : 10
+  const seconds = full ? 30 : 8
   const rounds = full ? 7 : 2
+  const stalls = await machineStalls()
   progress(`writing ${many} items`)
   await using hot = await startHot(many)
   const { instance: large } = hot
@@ -41,7 +43,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
       ours: median(pairs.map(({ ours }) => ours)),
       peer: median(pairs.map(({ peer }) => peer)),
       ratio: median(pairs.map(({ ours, peer }) => ours / peer)),
-      note: `${many.toLocaleString('en')} entries, ${PER_S.toLocaleString('en')} reads/s, open loop`,
+      note: `${many.toLocaleString('en')} entries, ${PER_S.toLocaleString('en')} reads/s, open loop; ${stalls}`,
     },
   ]
 }

@@ -2,7 +2,7 @@
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Asked, SERVER_CORE, start } from '../control.ts'
+import { type Asked, SERVER, start } from '../control.ts'
 import { median } from '../report.ts'
 import { runTool } from '../tools.ts'
 
@@ -62,7 +62,7 @@ export async function cpuPerCall(target: Target, load: Load): Promise<number> {
 export async function startBare(
   answer: Uint8Array,
 ): Promise<{ readonly process: Asked; readonly target: Target }> {
-  const bare = start(join(import.meta.dirname, 'bare.ts'), { core: SERVER_CORE })
+  const bare = start(join(import.meta.dirname, 'bare.ts'), SERVER)
   const address = await bare.ask<string>('listen', answer)
   return {
     process: bare,

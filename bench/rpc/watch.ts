@@ -5,7 +5,7 @@
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { rawStreams } from '../bed.ts'
-import { LOAD_CORE, SERVER_CORE, start } from '../control.ts'
+import { LOAD_CORE, SERVER, start } from '../control.ts'
 import type { Measured } from '../report.ts'
 import { median } from '../report.ts'
 import type { Run } from '../rows.ts'
@@ -25,7 +25,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   await using hot = await startHot(ITEMS)
   const { instance } = hot
   const sql = await hot.bed.sql()
-  const bare = start(join(import.meta.dirname, 'bare.ts'), { core: SERVER_CORE })
+  const bare = start(join(import.meta.dirname, 'bare.ts'), SERVER)
   await using _bare = bare
   const bareAddress = await bare.ask<string>('listen', new Uint8Array())
   await using load = start(join(import.meta.dirname, 'watch-load.ts'), { core: LOAD_CORE })
