@@ -22,7 +22,7 @@ interface Served {
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   const items = full ? 1_000_000 : 20_000
-  const calls = full ? 100_000 : 16_000
+  const calls = full ? 100_000 : 12_000
   const rounds = full ? 5 : 2
   const memoryEntries = items / 10
   await using stack = new AsyncDisposableStack()

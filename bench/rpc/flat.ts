@@ -11,7 +11,7 @@ const FEW = 1000
 const CALLS = 12_000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
-  const many = full ? 1_000_000 : 100_000
+  const many = full ? 1_000_000 : 50_000
   const rounds = full ? 9 : 3
   progress(`writing ${many} items`)
   await using hot = await startHot(many)
@@ -54,7 +54,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   )
   progress('the same, one call at a time on each connection')
   const oneEach = await compare(
-    rounds,
+    full ? rounds : 2,
     () => cpuPerCall(target, crowd),
     () => cpuPerCall(target, { ...alone, concurrent: 1 }),
     progress,
@@ -63,7 +63,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   await using _bare = bare.process
   progress('200 calls at a time, of a bare handler')
   const ofBare = await compare(
-    rounds,
+    full ? rounds : 2,
     () => cpuPerCall(bare.target, crowd),
     () => cpuPerCall(bare.target, alone),
     progress,

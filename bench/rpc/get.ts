@@ -13,7 +13,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   const bare = await startBare(target.answer)
   await using _bare = bare.process
   const compared = await compare(
-    full ? 15 : 7,
+    full ? 15 : 5,
     () => cpuPerCall(target, { calls: CALLS }),
     () => cpuPerCall(bare.target, { calls: CALLS }),
     progress,

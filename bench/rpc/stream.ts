@@ -26,7 +26,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
     ids: 1000,
   }
   const compared = await compare(
-    full ? 15 : 7,
+    full ? 15 : 5,
     async () => {
       const before = await instance.cpuUs()
       await load.ask('run', pipeline)

@@ -206,10 +206,10 @@ export class Reader {
     let flight: Flight | undefined
     try {
       const { flight: shared, joined } = this.#flights.join(tenant, id, 'cached', {})
+      if (trace !== undefined) show(trace, shared, 'cached', joined)
+      shared.board()
       flight = shared
-      if (trace !== undefined) show(trace, flight, 'cached', joined)
-      flight.board()
-      await untilAborted(Promise.race([flight.result.promise, late]), signal)
+      await untilAborted(Promise.race([shared.result.promise, late]), signal)
     } catch {
       // Whoever wants the item finds out why there is none.
       signal.throwIfAborted()

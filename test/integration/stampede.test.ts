@@ -279,7 +279,8 @@ describe('two instances', () => {
     const silences = () =>
       both.reduce((sum, { app: { metrics } }) => {
         const { REVALIDATING, ...unheard } = metrics.staleReads
-        return sum + metrics.refusedRedisCopies + Object.values(unheard).reduce((a, b) => a + b)
+        const refused = metrics.refusedRedisCopies + metrics.tiers.memory.misses
+        return sum + refused + Object.values(unheard).reduce((a, b) => a + b)
       }, 0)
     const refreshed = async (id: string) => {
       for (const { client } of both) await callers(client, 1, id)
