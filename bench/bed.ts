@@ -88,7 +88,7 @@ export async function startBed(): Promise<Bed> {
         ORIGIN_URL: 'off',
         ITEMCACHE_LISTEN: '127.0.0.1:0',
         ITEMCACHE_ADMIN_LISTEN: '127.0.0.1:0',
-        ITEMCACHE_LOG_LEVEL: 'warn',
+        ITEMCACHE_LOG_LEVEL: 'error',
         ...env,
       },
     })

@@ -8,7 +8,7 @@ import type { Mix } from './mixed-load.ts'
 import { compare, cpuPerCall, startBare } from './unary.ts'
 
 const FEW = 1000
-const CALLS = 12_000
+const CALLS = 8000
 
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   const many = full ? 1_000_000 : 50_000
