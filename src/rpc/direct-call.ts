@@ -38,7 +38,7 @@ const OK_TRAILERS = { 'grpc-status': '0' }
 
 /** One call. It is answered once, by `reply` or by any number of `write` and `refuse`: what comes afterwards is ignored. */
 export class DirectCall {
-  readonly metadata: CallHeaders
+  metadata: CallHeaders
   /** The decoded message. */
   request: unknown
   /** The caller went away before it was answered. */
@@ -143,8 +143,14 @@ export class DirectCall {
       this.#answered = true
       this.cancelled = true
       for (const tell of this.#whenCancelled ?? []) tell()
+    } else {
+      // Node may keep a stream that is closed, and the call with it, until the next full collection: but not what it asked for.
+      this.request = undefined
+      this.metadata = NO_HEADERS
     }
     for (const tell of this.#whenClosed ?? []) tell()
+    this.#whenCancelled = undefined
+    this.#whenClosed = undefined
   }
 
   reply(reply: Reply): void {
@@ -264,6 +270,7 @@ export class CallHeaders {
 }
 
 const NO_VALUES: readonly string[] = []
+const NO_HEADERS = new CallHeaders({})
 const NOTHING = Buffer.alloc(0)
 
 const notOneMessage = (what: string) =>

@@ -209,8 +209,6 @@ export class Intake implements Disposable {
       this.#calls.delete(call)
       direct?.closed()
       this.#closed(session)
-      // Node may keep a stream that is closed until the next full collection, but not the call with it.
-      if (direct !== undefined) stream.removeAllListeners()
     })
     return call
   }
