@@ -13,6 +13,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
 import type { MessageInitShape } from '@bufbuild/protobuf'
 import { status } from '@grpc/grpc-js'
+import type pg from 'pg'
 import { startCatalogue } from '../../src/embedded/catalogue.ts'
 import { startPostgres } from '../../src/embedded/postgres.ts'
 import type { InvalidateItemsRequestSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
@@ -457,12 +458,15 @@ class Load {
 /** Every other key of each tenant is an item; the rest are not there until somebody writes them. */
 async function fill(superuserUrl: string): Promise<void> {
   await using sql = await connectSql(superuserUrl)
-  await sql.query(
-    `INSERT INTO items (tenant, id, title, description, category)
+  const insert: pg.QueryConfig & Pick<pg.ClientConfig, 'query_timeout'> = {
+    text: `INSERT INTO items (tenant, id, title, description, category)
       SELECT tenant, (2 * n)::text, 'Item ' || n, repeat('d', n % 1500), 'c' || n % 30
       FROM unnest($1::text[]) AS tenant CROSS JOIN generate_series(11, $2::integer) AS n`,
-    [TENANTS, KEYS / 2],
-  )
+    values: [TENANTS, KEYS / 2],
+    // Of many rows, on a machine that may be busy.
+    query_timeout: 60_000,
+  }
+  await sql.query(insert)
 }
 
 async function exposition(admin: string): Promise<ReadonlyMap<string, number>> {
