@@ -22,6 +22,8 @@ const BOUND_MS = 1500
 const WRITERS = 4
 const READERS = 2
 const KILL_EVERY_MS = 3000
+/** How often a reader asks for an item before it goes on to the next: writers soon overtake whatever is read only once. */
+const READS_IN_A_ROW = 4
 
 export interface Summary {
   readonly reads: number
@@ -101,7 +103,7 @@ export async function run(options: {
   const reading = readers.map(async (client) => {
     const shown = new Map<string, { readonly revision: number; readonly title: string }>()
     for (let i = 0; !over; i++) {
-      const id = IDS[i % IDS.length] ?? ''
+      const id = IDS[Math.floor(i / READS_IN_A_ROW) % IDS.length] ?? ''
       const beganMs = performance.now()
       const seen = Number(client.nearStats()?.position ?? 0n)
       reads++
@@ -142,8 +144,8 @@ export async function run(options: {
       if (!over) await victim?.start()
     }
   })()
-  // On a busy machine it takes longer until one was killed.
-  while (performance.now() < startedMs + seconds * 1000 || kills === 0) {
+  // On a busy machine it takes longer until one was killed, and until something was read before it was written again.
+  while (performance.now() < startedMs + seconds * 1000 || kills === 0 || nearHits === 0) {
     await sleep(Math.min(5000, seconds * 1000))
     progress(
       `${reads} reads, ${nearHits} of them near, ${writes} writes, ${kills} kills, ${violations.length} violations`,
