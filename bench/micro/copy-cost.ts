@@ -27,14 +27,15 @@ function costs(): void {
   }
   const absent = perEntry(-1, 0)
   const present = perEntry(ITEM_BYTES, 0)
-  const tagged = perEntry(ITEM_BYTES, 4)
+  const [tagged, manyTags] = [perEntry(ITEM_BYTES, 1), perEntry(ITEM_BYTES, 4)]
   console.log(
-    `node ${process.version}, ${process.arch}: resident bytes per copy besides its item, key and tags`,
+    `node ${process.version}, ${process.arch}: resident bytes per copy besides its item, key and the text of its tags`,
   )
   console.table({
-    'entry of an absent item': Math.round(absent),
-    'more for a byte array': Math.round(present - absent),
-    'more for each tag': Math.round((tagged - present) / 4),
+    'a copy': Math.round(absent),
+    'more for an item': Math.round(present - absent),
+    'more for a list of one tag': Math.round(tagged - present),
+    'more for a list of four': Math.round(manyTags - present),
   })
 }
 

@@ -23,7 +23,7 @@
  * Nothing here awaits, and a hit allocates nothing.
  */
 
-export interface LruOptions {
+export interface LruOptions<V> {
   /** A whole number from 1 to 100,000,000. Memory is taken as entries come, not in advance. */
   readonly maxEntries: number
   /** The most that the costs of all entries may sum up to; at least 1. Default: no bound. */
@@ -34,6 +34,8 @@ export interface LruOptions {
   readonly now: () => number
   /** 0 up to 1; makes the hash secret. Default `Math.random`. */
   readonly random?: () => number
+  /** Told of every value that is held no more, but for those that `clear` deletes. It must not change the map. */
+  readonly dropped?: (value: V) => void
 }
 
 /** Cumulative since construction, but for `entries` and `bytes`. */
@@ -117,6 +119,7 @@ export class Lru<V> {
   readonly #maxOwnerEntries: number
   readonly #maxOwnerBytes: number
   readonly #hasShares: boolean
+  readonly #dropped: ((value: V) => void) | undefined
 
   #capacity = 0
   #words = new Uint32Array()
@@ -154,13 +157,14 @@ export class Lru<V> {
   #deletions = 0
 
   /** Throws a `RangeError` for bounds that are not positive. */
-  constructor(options: LruOptions) {
+  constructor(options: LruOptions<V>) {
     const {
       maxEntries,
       maxBytes = Number.POSITIVE_INFINITY,
       ownerShare = 1,
       now,
       random = Math.random,
+      dropped,
     } = options
     if (!Number.isInteger(maxEntries) || maxEntries < 1 || maxEntries > MAX_ENTRIES) {
       throw new RangeError(`maxEntries should be a whole number from 1 to ${MAX_ENTRIES}, got ${maxEntries}`)
@@ -175,6 +179,7 @@ export class Lru<V> {
     this.maxEntries = maxEntries
     this.maxBytes = maxBytes
     this.#now = now
+    this.#dropped = dropped
     this.#seed = Math.floor(random() * 2 ** 30)
     // Odd, so that multiplying loses nothing.
     this.#multiplier = Math.floor(random() * 2 ** 30) * 2 + 1
@@ -223,6 +228,11 @@ export class Lru<V> {
     if (slot === NONE || nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) return undefined
     this.#found = slot
     return this.#parts[slot * PARTS + VALUE] as V
+  }
+
+  /** The key of what `findAscii` has just found. */
+  get foundKey(): string {
+    return this.#parts[this.#found * PARTS + KEY] as string
   }
 
   /** What `findAscii` has just found becomes the most recent entry, and counts as a hit. */
@@ -300,6 +310,7 @@ export class Lru<V> {
       if (this.#hasShares) this.#adopt(slot, ownerName)
       this.#insertions += 1
     } else {
+      this.#dropped?.(this.#parts[slot * PARTS + VALUE] as V)
       this.#addCost(slot, -(this.#costs[slot] as number))
       this.#touch(slot)
     }
@@ -555,6 +566,7 @@ export class Lru<V> {
 
   /** Takes an entry out of the index and the lists. Its slot is to be used again, or given back. */
   #detach(slot: number): void {
+    this.#dropped?.(this.#parts[slot * PARTS + VALUE] as V)
     this.#unchain(slot)
     this.#unlink(slot)
     const owner = this.#hasShares ? this.#ownerOf[slot] : undefined

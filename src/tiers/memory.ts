@@ -1,9 +1,14 @@
 /**
  * The memory tier: dated copies of this process in one LRU. What serves a read is synchronous: a hit takes no lock
  * and waits for nothing. `exclusive` guards what spans an await.
+ *
+ * A copy is kept as bytes outside of V8's heap (`records.ts`), where it costs no collection of garbage anything; who reads it
+ * gets one of their own.
  */
 import { Mutex } from 'async-mutex'
 import { Lru, type LruStats } from './lru.ts'
+import { MAX_EMPTY, Records } from './records.ts'
+import { TagLists } from './tag-lists.ts'
 import type { CacheAnswer, CacheTier, Copy, Inspection, Revision } from './tier.ts'
 
 export interface MemoryTierOptions {
@@ -30,15 +35,15 @@ export interface MemoryStats extends LruStats {
 }
 
 /**
- * What a copy takes besides the text of its key and tags and its encoded item, in resident bytes as
- * `bench/micro/copy-cost.ts` measured them with Node 26.10.0 on Linux, x64 (411, 287 and 16).
+ * What a copy takes besides its key, its item and the text of its tags, in resident bytes as `bench/micro/copy-cost.ts`
+ * measured them with Node 26.10.0 on Linux, x64 (341; 211 with one tag, 224 with four). Of an item every byte counts by as much more as `Records` may leave empty.
  */
 const OVERHEAD = {
-  /** The LRU's slot, the copy, its id and the key's string. */
-  copyBytes: 416,
-  /** What Node and the allocator keep for a byte array: only copies of present items have one. */
-  arrayBytes: 288,
-  tagBytes: 24,
+  /** The LRU's slot, the record's numbers and the key's string. */
+  copyBytes: 336,
+  /** A list of tags that no other item has; its tags' text is counted twice, since it is in the list's key, too. */
+  tagListBytes: 176,
+  tagBytes: 16,
 }
 
 interface TenantLock {
@@ -47,16 +52,33 @@ interface TenantLock {
   users: number
 }
 
-/** A copy as the tier has it: of nobody else. */
-interface HeldCopy extends Copy {
+/** What a read gets. */
+interface FoundCopy extends Copy {
   asOf: Revision
 }
+
+// A copy's record: four floats of 8 bytes, two words of 4, and the item.
+const AS_OF = 0
+const REVISION = 1
+const VERIFIED_AT = 2
+const FRESH_UNTIL = 3
+const TAGS = 8
+const ITEM_LENGTH = 9
+const ITEM = 40
+/** As an item's length: there is none. */
+const ABSENT = 0xffff_ffff
 
 export class MemoryTier implements CacheTier {
   readonly name = 'memory'
   /** False: the tier is off. */
   readonly enabled: boolean
-  readonly #copies: Lru<HeldCopy>
+  /** By their records. */
+  readonly #copies: Lru<number>
+  readonly #records = new Records()
+  readonly #tagLists = new TagLists()
+  /** What was found last, while it is held, and its record. */
+  #found: FoundCopy | undefined
+  #foundRecord = 0
   readonly #maxStaleMs: number
   readonly #jitter: number
   readonly #random: () => number
@@ -66,7 +88,11 @@ export class MemoryTier implements CacheTier {
   /** Throws a `RangeError` for bounds that are not positive. */
   constructor(options: MemoryTierOptions) {
     this.enabled = options.enabled ?? true
-    this.#copies = new Lru<HeldCopy>({ ...options, ownerShare: options.tenantShare ?? 1 })
+    this.#copies = new Lru<number>({
+      ...options,
+      ownerShare: options.tenantShare ?? 1,
+      dropped: (record) => this.#remove(record),
+    })
     this.#jitter = options.jitter ?? 0
     this.#random = options.random ?? Math.random
     this.#maxStaleMs = options.maxStaleMs
@@ -75,12 +101,14 @@ export class MemoryTier implements CacheTier {
 
   /** A real read: counts a hit or a miss and touches recency. The copy may be past its `freshUntilMs`. */
   get(tenant: string, id: string, nowMs = this.#now()): Copy | undefined {
-    return this.#copies.get(id, tenant, nowMs)
+    const record = this.#copies.get(id, tenant, nowMs)
+    return record === undefined ? undefined : this.#take(record, id)
   }
 
   /** The copy of an id of which all characters are ASCII, from where it lies in `bytes`. As `peek`, until `foundIsHit`. */
   findAscii(tenant: string, bytes: Uint8Array, from: number, to: number, nowMs: number): Copy | undefined {
-    return this.#copies.findAscii(bytes, from, to, tenant, nowMs)
+    const record = this.#copies.findAscii(bytes, from, to, tenant, nowMs)
+    return record === undefined ? undefined : this.#take(record, this.#copies.foundKey)
   }
 
   /** What `findAscii` has just found counts as a hit, and as used. */
@@ -90,27 +118,43 @@ export class MemoryTier implements CacheTier {
 
   /** As `get`, but neither counts nor touches recency. */
   peek(tenant: string, id: string): Copy | undefined {
-    return this.#copies.peek(id, tenant)
+    const record = this.#copies.peek(id, tenant)
+    return record === undefined ? undefined : this.#take(record, id)
   }
 
   /** Stores a copy unless the one that is there has a greater as-of. False when it was not stored, being older or too large. */
   set(tenant: string, copy: Copy): boolean {
     if (!this.enabled) return false
     const stored = this.#copies.peek(copy.id, tenant)
-    if (stored !== undefined && isNewer(stored, copy)) return false
+    if (stored !== undefined && this.#isNewer(stored, copy)) return false
     // A copy that is still fresh is kept, however short stale answers are allowed to be.
     const hardMs = this.#maxStaleMs * (1 - this.#jitter * this.#random())
     const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + hardMs)
-    return this.#copies.set(copy.id, held(copy), costOf(tenant, copy), copy.freshUntilMs, hardUntilMs, tenant)
+    const record = this.#add(copy)
+    const isStored = this.#copies.set(
+      copy.id,
+      record,
+      costOf(tenant, copy),
+      copy.freshUntilMs,
+      hardUntilMs,
+      tenant,
+    )
+    if (!isStored) this.#remove(record)
+    return isStored
   }
 
   /**
-   * Raises the as-of of a copy that this tier gave out: it was found to be the state at `asOf` too. In place, since every
-   * hit of a busy tenant does it; whoever else holds the copy holds what is true of it.
+   * Raises the as-of of what `get`, `findAscii` or `peek` has just found: it was seen to be the state at `asOf` too. In
+   * place, since every hit of a busy tenant does it.
    */
   restamp(copy: Copy, asOf: Revision): Copy {
-    if (asOf > copy.asOf) (copy as HeldCopy).asOf = asOf
-    return copy
+    if (asOf <= copy.asOf) return copy
+    const found = this.#found
+    if (copy !== found) return { ...copy, asOf }
+    const { floats } = this.#records.segment(this.#foundRecord)
+    floats[this.#records.at(this.#foundRecord) / 8 + AS_OF] = asOf
+    found.asOf = asOf
+    return found
   }
 
   /** Whether there was a copy to delete. One that is gone already is fine. */
@@ -121,6 +165,9 @@ export class MemoryTier implements CacheTier {
   /** Drops the copies of all tenants. */
   clear(): void {
     this.#copies.clear()
+    this.#records.clear()
+    this.#tagLists.clear()
+    this.#found = undefined
   }
 
   /**
@@ -169,7 +216,8 @@ export class MemoryTier implements CacheTier {
     if (!this.enabled) return { present: false, skipped: 'off' }
     const entry = this.#copies.inspect(id, tenant)
     if (entry === undefined) return { present: false }
-    const { value: copy, cost, hardUntilMs } = entry
+    const { value: record, cost, hardUntilMs } = entry
+    const copy = this.#take(record, id)
     const nowMs = this.#now()
     return {
       present: true,
@@ -185,24 +233,67 @@ export class MemoryTier implements CacheTier {
   stats(): MemoryStats {
     return { ...this.#copies.stats(), tenantsInUse: this.#locks.size }
   }
-}
 
-/** Of two copies of one revision the one that was verified later. */
-function isNewer(stored: Copy, copy: Copy): boolean {
-  return stored.asOf > copy.asOf || (stored.asOf === copy.asOf && stored.verifiedAtMs > copy.verifiedAtMs)
+  /** A record of a copy. */
+  #add({ asOf, revision, verifiedAtMs, freshUntilMs, tags, bytes }: Copy): number {
+    const record = this.#records.add(ITEM + (bytes?.byteLength ?? 0))
+    const at = this.#records.at(record)
+    const { floats, words, bytes: into } = this.#records.segment(record)
+    floats[at / 8 + AS_OF] = asOf
+    floats[at / 8 + REVISION] = revision
+    floats[at / 8 + VERIFIED_AT] = verifiedAtMs
+    floats[at / 8 + FRESH_UNTIL] = freshUntilMs
+    words[at / 4 + TAGS] = this.#tagLists.join(tags)
+    words[at / 4 + ITEM_LENGTH] = bytes?.byteLength ?? ABSENT
+    if (bytes !== undefined) into.set(bytes, at + ITEM)
+    return record
+  }
+
+  /** The copy of a record. */
+  #take(record: number, id: string): Copy {
+    const at = this.#records.at(record)
+    const { floats, words, bytes } = this.#records.segment(record)
+    const length = words[at / 4 + ITEM_LENGTH] as number
+    let item: Buffer | undefined
+    if (length !== ABSENT) {
+      item = Buffer.allocUnsafe(length)
+      bytes.copy(item, 0, at + ITEM, at + ITEM + length)
+    }
+    this.#foundRecord = record
+    this.#found = {
+      id,
+      asOf: floats[at / 8 + AS_OF] as number,
+      bytes: item,
+      revision: floats[at / 8 + REVISION] as number,
+      tags: this.#tagLists.of(words[at / 4 + TAGS] as number),
+      verifiedAtMs: floats[at / 8 + VERIFIED_AT] as number,
+      freshUntilMs: floats[at / 8 + FRESH_UNTIL] as number,
+    }
+    return this.#found
+  }
+
+  #remove(record: number): void {
+    if (record === this.#foundRecord) this.#found = undefined
+    const { words } = this.#records.segment(record)
+    this.#tagLists.leave(words[this.#records.at(record) / 4 + TAGS] as number)
+    this.#records.remove(record)
+  }
+
+  /** Whether what is held is newer: of two copies of one revision the one that was verified later. */
+  #isNewer(record: number, { asOf, verifiedAtMs }: Copy): boolean {
+    const at = this.#records.at(record) / 8
+    const { floats } = this.#records.segment(record)
+    const heldAsOf = floats[at + AS_OF] as number
+    return heldAsOf > asOf || (heldAsOf === asOf && (floats[at + VERIFIED_AT] as number) > verifiedAtMs)
+  }
 }
 
 /** What a copy costs in memory, in bytes: its encoded item, key and tags, and the measured overhead. */
 function costOf(tenant: string, { id, bytes, tags }: Copy): number {
-  let cost = OVERHEAD.copyBytes + Buffer.byteLength(tenant) + Buffer.byteLength(id)
-  if (bytes !== undefined) cost += OVERHEAD.arrayBytes + bytes.byteLength
-  for (const tag of tags) cost += OVERHEAD.tagBytes + Buffer.byteLength(tag)
+  const itemBytes = bytes === undefined ? 0 : Math.ceil(bytes.byteLength * (1 + MAX_EMPTY))
+  let cost = OVERHEAD.copyBytes + Buffer.byteLength(tenant) + Buffer.byteLength(id) + itemBytes
+  if (tags.length > 0) cost += OVERHEAD.tagListBytes
+  // As a string, and in the key of its list.
+  for (const tag of tags) cost += OVERHEAD.tagBytes + 2 * Buffer.byteLength(tag)
   return cost
-}
-
-/** A copy that nobody else has, with bytes that are not a window into a larger buffer (a driver's), which they would keep alive. */
-function held(copy: Copy): HeldCopy {
-  const { bytes } = copy
-  const isWhole = bytes === undefined || bytes.byteLength === bytes.buffer.byteLength
-  return { ...copy, bytes: isWhole ? bytes : new Uint8Array(bytes) }
 }

@@ -454,7 +454,7 @@ export const MUTANTS: readonly Mutant[] = [
       RARE_POLLS,
       { ...SLOW_READS, put: SLOW_READS.put.replace('150', '800') },
       // That memory keeps the newer of two copies is economy.
-      { file: 'src/tiers/memory.ts', find: 'isNewer(stored, copy)', put: '!copy' },
+      { file: 'src/tiers/memory.ts', find: 'this.#isNewer(stored, copy)', put: '!copy' },
     ],
     profile: calm({
       watchers: 0,

@@ -4,7 +4,7 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { Lru, type LruOptions } from '../../src/tiers/lru.ts'
 
-function lruAt(clock: { ms: number }, options: Partial<LruOptions> = {}): Lru<string> {
+function lruAt(clock: { ms: number }, options: Partial<LruOptions<string>> = {}): Lru<string> {
   return new Lru<string>({ maxEntries: 3, now: () => clock.ms, ...options })
 }
 

@@ -83,7 +83,7 @@ async function explore(tier: MemoryTier, scheduler: fc.Scheduler, todo: readonly
       await section(tenant, number, async () => {
         const seen = tier.peek(tenant, operation.id)
         await scheduler.schedule(Promise.resolve(), `evict ${number}`)
-        expect(tier.peek(tenant, operation.id), 'what was seen before the wait').toBe(seen)
+        expect(tier.peek(tenant, operation.id), 'what was seen before the wait').toEqual(seen)
         expect(tier.delete(tenant, operation.id), 'evicted exactly what was seen').toBe(seen !== undefined)
       })
     }

@@ -1,0 +1,27 @@
+import { expect, test } from 'vitest'
+import { TagLists } from '../../src/tiers/tag-lists.ts'
+
+test('who has the same tags in the same order shares one list, and nobody else does', () => {
+  const lists = new TagLists()
+  const first = lists.join(['a', 'b'])
+  expect(lists.join(['a', 'b'])).toBe(first)
+  const others = [['b', 'a'], ['a,b'], ['a"', '"b'], ['a'], ['a', 'b', '']].map((tags) => lists.join(tags))
+  expect(new Set([first, ...others]).size).toBe(6)
+  expect(lists.of(first)).toEqual(['a', 'b'])
+  expect(lists.of(others[1] ?? 0)).toEqual(['a,b'])
+})
+
+test('a list is held until the last one has left, and nothing is held for no tags', () => {
+  const lists = new TagLists()
+  const [one, two] = [lists.join(['a']), lists.join(['a'])]
+  const none = lists.join([])
+  expect(lists.size).toBe(1)
+  lists.leave(one)
+  expect(lists.of(two)).toEqual(['a'])
+  lists.leave(two)
+  lists.leave(none)
+  expect(lists.size).toBe(0)
+  expect(lists.of(lists.join([]))).toEqual([])
+  // The number is free again.
+  expect(lists.of(lists.join(['b']))).toEqual(['b'])
+})
