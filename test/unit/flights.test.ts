@@ -81,7 +81,7 @@ class Database implements StoreTier, LogSource {
     const { revision, tags } = change
     return tags === undefined
       ? { id, asOf, state: 'deleted', bytes: undefined, revision, tags: [] }
-      : { id, asOf, state: 'present', bytes: Uint8Array.of(revision), revision, tags }
+      : { id, asOf, state: 'present', bytes: Buffer.of(revision), revision, tags }
   }
 
   /** Commits a change. Listeners hear of it some time later. */
@@ -753,7 +753,7 @@ describe('readers of one key at the same time', () => {
 
           postgres.failing = 0
           const { copy } = await steps.untilDone(patient(reader, 'a'))
-          expect(copy?.bytes).toEqual(Uint8Array.of(1))
+          expect(copy?.bytes).toEqual(Buffer.of(1))
         },
       ),
       { numRuns: 300 },
@@ -773,7 +773,7 @@ describe('readers of one key at the same time', () => {
     postgres.put('a', [])
     held = false
     const second = await reader.read(TENANT, 'a', fresh, signal)
-    expect(second.copy).toMatchObject({ asOf: 2, bytes: Uint8Array.of(2) })
+    expect(second.copy).toMatchObject({ asOf: 2, bytes: Buffer.of(2) })
     open()
     expect((await first).copy).toMatchObject({ asOf: 1 })
     // What came late is not kept over what came before.
@@ -824,7 +824,7 @@ describe('two instances with readers of one item that only the origin has', () =
         const outcomes = await steps.untilDone(Promise.allSettled(reading))
         const left = readers.filter(({ leaves }) => leaves).length
         for (const [i, outcome] of outcomes.entries()) {
-          if (outcome.status === 'fulfilled') expect(outcome.value.copy?.bytes).toEqual(Uint8Array.of(1))
+          if (outcome.status === 'fulfilled') expect(outcome.value.copy?.bytes).toEqual(Buffer.of(1))
           else expect([readers[i]?.leaves, outcome.reason]).toEqual([true, gone])
         }
         expect(fetches).toBeLessThanOrEqual(1 + losses + left)
