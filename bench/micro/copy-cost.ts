@@ -55,7 +55,7 @@ async function costOf(count: number, bytes: number, tags: number): Promise<void>
   fill(memory, count, bytes, tags)
   await settle()
   const payload =
-    count * (Math.max(bytes, 0) + '7:default'.length + flatId(0).length + tags * flatTag(0, 0).length)
+    count * (Math.max(bytes, 0) + 'default'.length + flatId(0).length + tags * flatTag(0, 0).length)
   console.log(
     JSON.stringify({ taken: process.memoryUsage.rss() - before - payload, entries: memory.stats().entries }),
   )

@@ -2,8 +2,8 @@
  * The memory tier: dated copies of this process in one LRU. What serves a read is synchronous: a hit takes no lock
  * and waits for nothing. `exclusive` guards what spans an await.
  *
- * A copy is kept as bytes outside of V8's heap (`records.ts`), where it costs no collection of garbage anything; who reads it
- * gets one of their own.
+ * A copy is kept as bytes outside of V8's heap (`records.ts`), so that collections of garbage have next to nothing to do with
+ * it; who reads it gets one of their own.
  */
 import { Mutex } from 'async-mutex'
 import { Lru, type LruStats } from './lru.ts'
@@ -29,21 +29,25 @@ export interface MemoryTierOptions {
   readonly random?: () => number
 }
 
+/**
+ * What a copy takes besides its record, its key and the text of its tags, in resident bytes as `bench/micro/copy-cost.ts`
+ * measured them with Node 26.10.0 on Linux, x64 (295; 211 with one tag, 224 with four).
+ */
+const OVERHEAD = {
+  /** The LRU's slot, the record's handle and the key's string. */
+  copyBytes: 304,
+  /** A list of tags that no other item has. Its tags' text is in its key, too. */
+  tagListBytes: 192,
+  tagBytes: 16,
+}
+
 export interface MemoryStats extends LruStats {
   /** Tenants that someone has, or awaits, an exclusive section of. */
   readonly tenantsInUse: number
-}
-
-/**
- * What a copy takes besides its key, its item and the text of its tags, in resident bytes as `bench/micro/copy-cost.ts`
- * measured them with Node 26.10.0 on Linux, x64 (341; 211 with one tag, 224 with four). Of an item every byte counts by as much more as `Records` may leave empty.
- */
-const OVERHEAD = {
-  /** The LRU's slot, the record's numbers and the key's string. */
-  copyBytes: 336,
-  /** A list of tags that no other item has; its tags' text is counted twice, since it is in the list's key, too. */
-  tagListBytes: 176,
-  tagBytes: 16,
+  /** Bytes of the copies' records, without and with what is empty between them. */
+  readonly recordBytes: { readonly live: number; readonly allocated: number }
+  /** Different lists of tags. */
+  readonly tagLists: number
 }
 
 interface TenantLock {
@@ -76,7 +80,7 @@ export class MemoryTier implements CacheTier {
   readonly #copies: Lru<number>
   readonly #records = new Records()
   readonly #tagLists = new TagLists()
-  /** What was found last, while it is held, and its record. */
+  /** What was given out last, while it is held, and its record. */
   #found: FoundCopy | undefined
   #foundRecord = 0
   readonly #maxStaleMs: number
@@ -144,8 +148,8 @@ export class MemoryTier implements CacheTier {
   }
 
   /**
-   * Raises the as-of of what `get`, `findAscii` or `peek` has just found: it was seen to be the state at `asOf` too. In
-   * place, since every hit of a busy tenant does it.
+   * Raises the as-of of the copy that this tier gave out last: it was seen to be the state at `asOf` too. In place, since
+   * every hit of a busy tenant does it. Of another copy the tier learns nothing.
    */
   restamp(copy: Copy, asOf: Revision): Copy {
     if (asOf <= copy.asOf) return copy
@@ -231,12 +235,18 @@ export class MemoryTier implements CacheTier {
   }
 
   stats(): MemoryStats {
-    return { ...this.#copies.stats(), tenantsInUse: this.#locks.size }
+    const { live, allocated } = this.#records
+    return {
+      ...this.#copies.stats(),
+      tenantsInUse: this.#locks.size,
+      recordBytes: { live, allocated },
+      tagLists: this.#tagLists.size,
+    }
   }
 
   /** A record of a copy. */
   #add({ asOf, revision, verifiedAtMs, freshUntilMs, tags, bytes }: Copy): number {
-    const record = this.#records.add(ITEM + (bytes?.byteLength ?? 0))
+    const record = this.#records.allocate(ITEM + (bytes?.byteLength ?? 0))
     const at = this.#records.at(record)
     const { floats, words, bytes: into } = this.#records.segment(record)
     floats[at / 8 + AS_OF] = asOf
@@ -276,7 +286,7 @@ export class MemoryTier implements CacheTier {
     if (record === this.#foundRecord) this.#found = undefined
     const { words } = this.#records.segment(record)
     this.#tagLists.leave(words[this.#records.at(record) / 4 + TAGS] as number)
-    this.#records.remove(record)
+    this.#records.free(record)
   }
 
   /** Whether what is held is newer: of two copies of one revision the one that was verified later. */
@@ -288,12 +298,17 @@ export class MemoryTier implements CacheTier {
   }
 }
 
-/** What a copy costs in memory, in bytes: its encoded item, key and tags, and the measured overhead. */
+/** What a copy costs in memory, in bytes: its record with what may be empty besides, its key and tags, and the measured overhead. */
 function costOf(tenant: string, { id, bytes, tags }: Copy): number {
-  const itemBytes = bytes === undefined ? 0 : Math.ceil(bytes.byteLength * (1 + MAX_EMPTY))
-  let cost = OVERHEAD.copyBytes + Buffer.byteLength(tenant) + Buffer.byteLength(id) + itemBytes
+  const record = Records.sizeOf(ITEM + (bytes?.byteLength ?? 0))
+  let cost = OVERHEAD.copyBytes + Math.ceil(record * (1 + MAX_EMPTY)) + textBytes(tenant) + textBytes(id)
   if (tags.length > 0) cost += OVERHEAD.tagListBytes
-  // As a string, and in the key of its list.
-  for (const tag of tags) cost += OVERHEAD.tagBytes + 2 * Buffer.byteLength(tag)
+  for (const tag of tags) cost += OVERHEAD.tagBytes + 2 * textBytes(tag)
   return cost
+}
+
+/** As much as a text takes at most: V8 keeps one with a character of two bytes as such characters altogether. */
+function textBytes(text: string): number {
+  const bytes = Buffer.byteLength(text)
+  return bytes === text.length ? bytes : Math.max(bytes, 2 * text.length)
 }

@@ -1,22 +1,27 @@
 /**
- * Records of bytes outside of V8's heap, where nothing marks, moves or sweeps them: with objects instead, every full
- * collection of garbage would take longer by what is cached.
+ * Records of bytes outside of V8's heap, where nothing marks, moves or sweeps them: as objects, they would make every full
+ * collection of garbage take longer.
  *
- * Log-structured, which wastes little whatever the sizes are: records are appended to segments of 256 KiB, and what is removed
- * leaves a hole. When the segments are more than an eighth larger than what lives in them, the segment with the
- * least life in it is emptied: its records are appended anew. A large record has a segment of its own.
+ * A log, which wastes little whatever the sizes are: records are appended to segments of 256 KiB, and what is freed leaves a
+ * hole. When the segments are more than an eighth and two segments larger than what lives in them, a cleaner empties those
+ * with the least life in them: it appends what lives to the head of the log. A large record has a segment of its own.
  * Rumble, Kejriwal, Ousterhout: Log-structured Memory for DRAM-based Storage, FAST 2014.
  *
- * Records move, so they go by a handle: a number that is theirs until they are removed. What `at` points to is good until the next
- * `add` or `clear`.
+ * Records move, so they go by a handle: a number that is theirs until they are freed. What `segment` and `at` say is good until the
+ * next `allocate` or `clear`, or until the record is freed.
  */
 
 const SEGMENT_BYTES = 2 ** 18
-/** What cannot be filled at the end of a segment is less than this, so that it is always less than what may be empty. */
-const LARGE_BYTES = SEGMENT_BYTES / 16
-/** Of what lives, how much may be empty besides; and so many segments, of which one is being filled. */
+/**
+ * Records up to this size share segments, so that a full segment is never emptier than by a sixteenth: less than what may be
+ * empty on the whole. So while that is more, the cleaner finds a segment with holes, and gains something.
+ */
+const MAX_SHARED_BYTES = SEGMENT_BYTES / 16
+/** Of what lives, how much may be empty besides, and how many segments: the head and its successor. */
 export const MAX_EMPTY = 1 / 8
 const SPARE_SEGMENTS = 2
+/** So many segments are emptied at once, for nobody should wait: some tenths of a millisecond. The next ones go on. */
+const CLEANED_AT_ONCE = 4
 /** In front of a record: its handle and how many bytes it takes with this. */
 const HEADER_BYTES = 8
 const FIRST_CAPACITY = 16
@@ -29,7 +34,7 @@ class Segment {
   readonly floats: Float64Array
   /** From here on it is empty. */
   used = 0
-  /** What its records take that have not been removed. */
+  /** What its records take that have not been freed. */
   live = 0
 
   constructor(size: number) {
@@ -43,11 +48,11 @@ class Segment {
   }
 }
 
-// Handles come from `add`, and what they index is there: that is what `as` says below.
+// Handles come from `allocate`, and what they index is there: that is what `as` says below.
 export class Records {
-  /** By number; those that were given back are `undefined`, and their numbers in `#unnumbered`. */
+  /** By number; those that were given back are `undefined`, and their numbers free. */
   #segments: (Segment | undefined)[] = []
-  #unnumbered: number[] = []
+  #freeNumbers: number[] = []
   /** The number of the segment that is being filled. */
   #head = NONE
   /** One that was given back: most often another one is wanted soon. */
@@ -56,9 +61,14 @@ export class Records {
   #segmentOf = new Uint32Array(FIRST_CAPACITY)
   #offsetOf = new Uint32Array(FIRST_CAPACITY)
   #handles = 0
-  #free: number[] = []
+  #freeHandles: number[] = []
   #live = 0
   #allocated = 0
+
+  /** What the records take that have not been freed. */
+  get live(): number {
+    return this.#live
+  }
 
   /** Bytes of all segments with something in them. */
   get allocated(): number {
@@ -70,38 +80,39 @@ export class Records {
     return HEADER_BYTES + ((length + 7) & ~7)
   }
 
-  /** A record of so many bytes, which are whatever was there before. */
-  add(length: number): number {
-    const handle = this.#free.pop() ?? this.#handles++
+  /** A record of so many bytes, which are whatever was there before. Returns its handle. */
+  allocate(length: number): number {
+    const handle = this.#freeHandles.pop() ?? this.#handles++
     if (handle === this.#segmentOf.length) this.#grow()
     const size = Records.sizeOf(length)
-    if (size > LARGE_BYTES) this.#put(handle, size, this.#open(size))
-    else this.#append(handle, size, true)
+    if (size > MAX_SHARED_BYTES) this.#put(handle, size, this.#open(size))
+    else this.#append(handle, size)
+    this.#clean()
     return handle
   }
 
-  remove(handle: number): void {
+  free(handle: number): void {
     const number = this.#segmentOf[handle] as number
     const segment = this.#segments[number] as Segment
     const size = segment.words[((this.#offsetOf[handle] as number) - HEADER_BYTES) / 4 + 1] as number
-    this.#free.push(handle)
-    // No record begins there, so that whoever empties the segment sees that this one is gone.
+    this.#freeHandles.push(handle)
+    // No record begins there, so that the cleaner sees that this one is gone.
     this.#offsetOf[handle] = 0
     this.#live -= size
     segment.live -= size
     if (segment.live === 0 && number !== this.#head) this.#close(number)
   }
 
-  /** Removes all, and gives the memory back. */
+  /** Frees all, and gives the memory back. */
   clear(): void {
     this.#segments = []
-    this.#unnumbered = []
+    this.#freeNumbers = []
     this.#head = NONE
     this.#spare = undefined
     this.#segmentOf = new Uint32Array(FIRST_CAPACITY)
     this.#offsetOf = new Uint32Array(FIRST_CAPACITY)
     this.#handles = 0
-    this.#free = []
+    this.#freeHandles = []
     this.#live = 0
     this.#allocated = 0
   }
@@ -117,13 +128,12 @@ export class Records {
   }
 
   /** Puts a record behind the last one of all. */
-  #append(handle: number, size: number, mayCompact: boolean): void {
+  #append(handle: number, size: number): void {
     const full = this.#head
     const head = this.#segments[full]
     if (head === undefined || head.used + size > SEGMENT_BYTES) {
       this.#head = this.#open(SEGMENT_BYTES)
       if (head?.live === 0) this.#close(full)
-      if (mayCompact) this.#compact()
     }
     this.#put(handle, size, this.#head)
   }
@@ -139,25 +149,31 @@ export class Records {
     this.#live += size
   }
 
-  /** Empties segments until what is empty is within its bound. */
-  #compact(): void {
-    while (this.#allocated > this.#live * (1 + MAX_EMPTY) + SPARE_SEGMENTS * SEGMENT_BYTES) {
-      this.#empty(this.#leastLive())
+  #clean(): void {
+    for (let n = 0; n < CLEANED_AT_ONCE; n++) {
+      if (this.#allocated <= this.#live * (1 + MAX_EMPTY) + SPARE_SEGMENTS * SEGMENT_BYTES) return
+      const number = this.#leastLive()
+      if (number === NONE) return
+      this.#empty(number)
     }
   }
 
-  /** The segment, other than the one that is being filled and those of large records, with the least life in it. */
+  /** The segment with the least life in it, of those that are full and shared. */
   #leastLive(): number {
-    let least = this.#head
-    let live = Number.POSITIVE_INFINITY
-    for (const [number, segment] of this.#segments.entries()) {
-      if (segment === undefined || segment.size !== SEGMENT_BYTES || number === this.#head) continue
-      if (segment.live < live) [least, live] = [number, segment.live]
+    const segments = this.#segments
+    let least = NONE
+    let live = SEGMENT_BYTES
+    for (let number = 0; number < segments.length; number++) {
+      const segment = segments[number]
+      if (segment === undefined || segment.live >= live || number === this.#head) continue
+      if (segment.size !== SEGMENT_BYTES) continue
+      least = number
+      live = segment.live
     }
     return least
   }
 
-  /** Moves what lives in a segment elsewhere, and gives it back. */
+  /** Moves what lives in a segment to the head, and gives it back. */
   #empty(number: number): void {
     const { bytes, words, used } = this.#segments[number] as Segment
     let size = 0
@@ -166,14 +182,14 @@ export class Records {
       size = words[at / 4 + 1] as number
       if (this.#segmentOf[handle] !== number || this.#offsetOf[handle] !== at + HEADER_BYTES) continue
       this.#live -= size
-      this.#append(handle, size, false)
+      this.#append(handle, size)
       bytes.copy(this.segment(handle).bytes, this.at(handle), at + HEADER_BYTES, at + size)
     }
     this.#close(number)
   }
 
   #open(size: number): number {
-    const number = this.#unnumbered.pop() ?? this.#segments.length
+    const number = this.#freeNumbers.pop() ?? this.#segments.length
     const spare = size === SEGMENT_BYTES ? this.#spare : undefined
     if (spare !== undefined) this.#spare = undefined
     this.#segments[number] = spare ?? new Segment(size)
@@ -185,7 +201,7 @@ export class Records {
     const segment = this.#segments[number] as Segment
     this.#allocated -= segment.size
     this.#segments[number] = undefined
-    this.#unnumbered.push(number)
+    this.#freeNumbers.push(number)
     if (segment.size !== SEGMENT_BYTES) return
     segment.used = 0
     segment.live = 0

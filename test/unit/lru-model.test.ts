@@ -126,15 +126,20 @@ class Reference {
 interface Real {
   readonly lru: Lru<number>
   readonly clock: { ms: number }
+  /** What was stored, without what the LRU has said that it dropped. */
+  kept: number[]
 }
 
+const inOrder = (values: readonly number[]): readonly number[] => values.toSorted((a, b) => a - b)
+
 /** Compares everything that can be seen, after every command. */
-function agree(model: Reference, { lru }: Real): void {
+function agree(model: Reference, { lru, kept }: Real): void {
   const living = model.held.filter(({ hardUntilMs }) => model.nowMs < hardUntilMs)
   assert.deepEqual(
     lru.entries(),
     living.map(({ key, value }) => [nameOf(key), value]),
   )
+  assert.deepEqual(inOrder(kept), inOrder(model.held.map(({ value }) => value)))
   const stats = lru.stats()
   assert.deepEqual(stats, model.stats())
   const { entries, evictions, expirations, deletions } = stats
@@ -189,10 +194,11 @@ const look = (key: string) =>
   })
 
 const set = (key: string, value: number, cost: number, softMs: number, hardMs: number) =>
-  new Step(`set(${key}, ${value}, ${cost} B, ${softMs} ms, ${hardMs} ms)`, (model, { lru }) => {
+  new Step(`set(${key}, ${value}, ${cost} B, ${softMs} ms, ${hardMs} ms)`, (model, real) => {
     const [softUntilMs, hardUntilMs] = [model.nowMs + softMs, model.nowMs + hardMs]
     const stored = model.set({ key, value, cost, softUntilMs, hardUntilMs })
-    assert.equal(lru.set(nameOf(key), value, cost, softUntilMs, hardUntilMs, ownerOf(key)), stored)
+    assert.equal(real.lru.set(nameOf(key), value, cost, softUntilMs, hardUntilMs, ownerOf(key)), stored)
+    if (stored) real.kept.push(value)
   })
 
 const remove = (key: string) =>
@@ -201,10 +207,12 @@ const remove = (key: string) =>
   })
 
 const clear = () =>
-  new Step('clear()', (model, { lru }) => {
+  new Step('clear()', (model, real) => {
     model.deletions += model.held.length
     model.held = []
-    lru.clear()
+    real.lru.clear()
+    // It tells nobody of what it clears.
+    real.kept = []
   })
 
 const wait = (ms: number) =>
@@ -239,8 +247,14 @@ function runBoth(
   steps: Iterable<fc.Command<Reference, Real>>,
 ): void {
   const clock = { ms: 0 }
-  const lru = new Lru<number>({ maxEntries, maxBytes, ownerShare, now: () => clock.ms, random: () => draw })
-  fc.modelRun(() => ({ model: new Reference(maxEntries, maxBytes, ownerShare), real: { lru, clock } }), steps)
+  const dropped = (value: number) => {
+    const at = real.kept.indexOf(value)
+    assert.notEqual(at, -1, `${value} was dropped, and was not held`)
+    real.kept.splice(at, 1)
+  }
+  const options = { maxEntries, maxBytes, ownerShare, now: () => clock.ms, random: () => draw, dropped }
+  const real: Real = { lru: new Lru<number>(options), clock, kept: [] }
+  fc.modelRun(() => ({ model: new Reference(maxEntries, maxBytes, ownerShare), real }), steps)
 }
 
 /** What the hash draws its secrets from; 0 makes the worst hash, in which keys share buckets. */

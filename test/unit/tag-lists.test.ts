@@ -5,10 +5,11 @@ test('who has the same tags in the same order shares one list, and nobody else d
   const lists = new TagLists()
   const first = lists.join(['a', 'b'])
   expect(lists.join(['a', 'b'])).toBe(first)
-  const others = [['b', 'a'], ['a,b'], ['a"', '"b'], ['a'], ['a', 'b', '']].map((tags) => lists.join(tags))
-  expect(new Set([first, ...others]).size).toBe(6)
+  const others = [['b', 'a'], ['a,b'], ['a1:b'], ['a'], ['a', 'b', ''], ['1:a', 'b'], ['\ud800']]
+  const numbers = others.map((tags) => lists.join(tags))
+  expect(new Set([first, ...numbers]).size).toBe(others.length + 1)
   expect(lists.of(first)).toEqual(['a', 'b'])
-  expect(lists.of(others[1] ?? 0)).toEqual(['a,b'])
+  expect(numbers.map((number) => lists.of(number))).toEqual(others)
 })
 
 test('a list is held until the last one has left, and nothing is held for no tags', () => {
@@ -21,6 +22,7 @@ test('a list is held until the last one has left, and nothing is held for no tag
   lists.leave(two)
   lists.leave(none)
   expect(lists.size).toBe(0)
+  expect(() => lists.leave(one)).toThrow('nobody has')
   expect(lists.of(lists.join([]))).toEqual([])
   // The number is free again.
   expect(lists.of(lists.join(['b']))).toEqual(['b'])
