@@ -28,12 +28,17 @@ export interface CallOwner {
   delivered(): void
 }
 
-const RESPONSE_HEADERS = {
-  ':status': constants.HTTP_STATUS_OK,
-  'content-type': 'application/grpc+proto',
-  'grpc-accept-encoding': ACCEPTED_ENCODINGS,
-}
-const WITH_TRAILERS = { waitForTrailers: true }
+/** Name after name with its value, which Node takes as it is: of an object it makes a copy for each call. */
+const RESPONSE_HEADERS = Object.freeze([
+  ':status',
+  `${constants.HTTP_STATUS_OK}`,
+  'content-type',
+  'application/grpc+proto',
+  'grpc-accept-encoding',
+  ACCEPTED_ENCODINGS,
+])
+/** gRPC has no use for a date, and Node would append it to the headers. */
+const WITH_TRAILERS = { waitForTrailers: true, sendDate: false }
 const OK_TRAILERS = { 'grpc-status': '0' }
 
 /** One call. It is answered once, by `reply` or by any number of `write` and `refuse`: what comes afterwards is ignored. */
@@ -151,6 +156,7 @@ export class DirectCall {
     for (const tell of this.#whenClosed ?? []) tell()
     this.#whenCancelled = undefined
     this.#whenClosed = undefined
+    shed(this.#stream)
   }
 
   reply(reply: Reply): void {
@@ -241,6 +247,32 @@ export class DirectCall {
       this.#owner.reject(tooLarge(`more than ${maxRequestBytes}`, maxRequestBytes))
     } else this.#owner.reject(notPacked(error))
   }
+}
+
+/** What `EventEmitter`, `Readable` and `Writable` keep in a stream. */
+interface Kept {
+  _events: object
+  _eventsCount: number
+  _readableState: unknown
+  _writableState: unknown
+}
+
+/** Of the first stream that was over: they say ended, finished and destroyed, as those of every other one do. */
+let over: Pick<Kept, '_readableState' | '_writableState'> | undefined
+
+/**
+ * Takes from a stream that is over what it keeps for itself, its listeners with all that they know of the call: V8 takes most
+ * such streams for alive until the next full collection of garbage (docs/performance.md#what-garbage-collection-costs). One that
+ * was broken off, to which something may still come back, is left as it is.
+ */
+function shed(stream: ServerHttp2Stream): void {
+  if (!stream.readableEnded || !stream.writableFinished || !stream.destroyed) return
+  const kept = stream as unknown as Kept
+  over ??= { _readableState: kept._readableState, _writableState: kept._writableState }
+  kept._events = Object.create(null)
+  kept._eventsCount = 0
+  kept._readableState = over._readableState
+  kept._writableState = over._writableState
 }
 
 const UNPACKERS = new Map([

@@ -32,8 +32,10 @@ async function answered(answer: Framed, windowBytes: number) {
   server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
     const method = { maxRequestBytes: 1000, decode: () => undefined, handle: () => undefined }
     const owner = { reject: () => undefined, delivered: () => undefined }
-    new DirectCall(stream, headers, method, owner, Number.POSITIVE_INFINITY).reply(answer)
-    stream.on('error', () => undefined)
+    const direct = new DirectCall(stream, headers, method, owner, Number.POSITIVE_INFINITY)
+    direct.reply(answer)
+    stream.on('error', () => undefined).on('data', () => undefined)
+    stream.once('close', () => direct.closed())
     taken.resolve(stream)
   })
   server.listen(0, '127.0.0.1')
@@ -55,6 +57,7 @@ test('a lent buffer is given back when the caller has all of the answer', async 
   await using exchange = await answered(answer, 16_384)
   const { call, stream } = exchange
   const closed = once(stream, 'close')
+  call.end()
   call.resume()
   await closed
   expect(answer.givenBack).toBe(1)
@@ -75,3 +78,39 @@ test.each(['the caller resets the stream', 'the server destroys the stream'])(
     expect(answer.givenBack).toBe(0)
   },
 )
+
+test('a call that is over leaves nothing of itself in its stream, which still says what has become of it', async () => {
+  for (const bytes of [10, 100_000]) {
+    await using exchange = await answered(new Framed(Buffer.alloc(bytes)), 16_384)
+    const { call, stream } = exchange
+    const closed = once(stream, 'close')
+    call.end('a request')
+    let received = 0
+    for await (const chunk of call) received += chunk.length
+    await closed
+    expect(received).toBe(bytes)
+    expect(stream.eventNames()).toEqual([])
+    const { readableEnded, writableFinished, destroyed, rstCode } = stream
+    expect({ readableEnded, writableFinished, destroyed, rstCode, closed: stream.closed }).toEqual({
+      readableEnded: true,
+      writableFinished: true,
+      destroyed: true,
+      rstCode: 0,
+      closed: true,
+    })
+    // What comes too late is nobody's.
+    stream.destroy()
+    stream.end()
+  }
+})
+
+test('a call that was broken off still has what may come back to its stream', async () => {
+  await using exchange = await answered(new Framed(Buffer.alloc(100_000)), 16_384)
+  const { call, stream } = exchange
+  await once(call, 'response')
+  const closed = once(stream, 'close')
+  call.close(8)
+  await closed
+  expect(stream.eventNames()).toContain('error')
+  expect([stream.writableFinished, stream.destroyed]).toEqual([false, true])
+})
