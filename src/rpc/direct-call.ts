@@ -257,17 +257,18 @@ interface Kept {
   _writableState: unknown
 }
 
-/** Of the first stream that was over: they say ended, finished and destroyed, as those of every other one do. */
+/** Of the first stream that was over, and had no error: they say ended, finished and destroyed, as those of every other one do. */
 let over: Pick<Kept, '_readableState' | '_writableState'> | undefined
 
 /**
  * Takes from a stream that is over what it keeps for itself, its listeners with all that they know of the call: V8 takes most
- * such streams for alive until the next full collection of garbage (docs/performance.md#what-garbage-collection-costs). One that
- * was broken off, to which something may still come back, is left as it is.
+ * such streams for alive until the next full collection of garbage (docs/performance.md#what-garbage-collection-costs). One whose
+ * answer was broken off, to which something may still come back, is left as it is.
  */
 function shed(stream: ServerHttp2Stream): void {
   if (!stream.readableEnded || !stream.writableFinished || !stream.destroyed) return
   const kept = stream as unknown as Kept
+  if (over === undefined && (stream.rstCode !== constants.NGHTTP2_NO_ERROR || stream.errored)) return
   over ??= { _readableState: kept._readableState, _writableState: kept._writableState }
   kept._events = Object.create(null)
   kept._eventsCount = 0

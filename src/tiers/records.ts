@@ -20,7 +20,10 @@ const MAX_SHARED_BYTES = SEGMENT_BYTES / 16
 /** Of what lives, how much may be empty besides, and how many segments: the head and its successor. */
 export const MAX_EMPTY = 1 / 8
 const SPARE_SEGMENTS = 2
-/** So many segments are emptied at once, for nobody should wait: some tenths of a millisecond. The next ones go on. */
+/**
+ * For each segment's worth that is allocated, or a part of it, so many are emptied at most, for nobody should wait: some tenths of a
+ * millisecond. Allocations that follow go on with the rest.
+ */
 const CLEANED_AT_ONCE = 4
 /** In front of a record: its handle and how many bytes it takes with this. */
 const HEADER_BYTES = 8
@@ -36,6 +39,8 @@ class Segment {
   used = 0
   /** What its records take that have not been freed. */
   live = 0
+  /** In the list of those that are shared. */
+  place = 0
 
   constructor(size: number) {
     this.bytes = Buffer.from(new ArrayBuffer(size))
@@ -53,6 +58,8 @@ export class Records {
   /** By number; those that were given back are `undefined`, and their numbers free. */
   #segments: (Segment | undefined)[] = []
   #freeNumbers: number[] = []
+  /** The numbers of those that are not one large record's, in any order. */
+  #shared: number[] = []
   /** The number of the segment that is being filled. */
   #head = NONE
   /** One that was given back: most often another one is wanted soon. */
@@ -87,7 +94,7 @@ export class Records {
     const size = Records.sizeOf(length)
     if (size > MAX_SHARED_BYTES) this.#put(handle, size, this.#open(size))
     else this.#append(handle, size)
-    this.#clean()
+    this.#clean(CLEANED_AT_ONCE * Math.ceil(size / SEGMENT_BYTES))
     return handle
   }
 
@@ -107,6 +114,7 @@ export class Records {
   clear(): void {
     this.#segments = []
     this.#freeNumbers = []
+    this.#shared = []
     this.#head = NONE
     this.#spare = undefined
     this.#segmentOf = new Uint32Array(FIRST_CAPACITY)
@@ -149,8 +157,8 @@ export class Records {
     this.#live += size
   }
 
-  #clean(): void {
-    for (let n = 0; n < CLEANED_AT_ONCE; n++) {
+  #clean(most: number): void {
+    for (let n = 0; n < most; n++) {
       if (this.#allocated <= this.#live * (1 + MAX_EMPTY) + SPARE_SEGMENTS * SEGMENT_BYTES) return
       const number = this.#leastLive()
       if (number === NONE) return
@@ -160,13 +168,11 @@ export class Records {
 
   /** The segment with the least life in it, of those that are full and shared. */
   #leastLive(): number {
-    const segments = this.#segments
     let least = NONE
     let live = SEGMENT_BYTES
-    for (let number = 0; number < segments.length; number++) {
-      const segment = segments[number]
-      if (segment === undefined || segment.live >= live || number === this.#head) continue
-      if (segment.size !== SEGMENT_BYTES) continue
+    for (const number of this.#shared) {
+      const segment = this.#segments[number] as Segment
+      if (segment.live >= live || number === this.#head) continue
       least = number
       live = segment.live
     }
@@ -192,8 +198,10 @@ export class Records {
     const number = this.#freeNumbers.pop() ?? this.#segments.length
     const spare = size === SEGMENT_BYTES ? this.#spare : undefined
     if (spare !== undefined) this.#spare = undefined
-    this.#segments[number] = spare ?? new Segment(size)
+    const segment = spare ?? new Segment(size)
+    this.#segments[number] = segment
     this.#allocated += size
+    if (size === SEGMENT_BYTES) segment.place = this.#shared.push(number) - 1
     return number
   }
 
@@ -203,6 +211,12 @@ export class Records {
     this.#segments[number] = undefined
     this.#freeNumbers.push(number)
     if (segment.size !== SEGMENT_BYTES) return
+    const last = this.#shared.pop() as number
+    if (last !== number) {
+      this.#shared[segment.place] = last
+      const moved = this.#segments[last] as Segment
+      moved.place = segment.place
+    }
     segment.used = 0
     segment.live = 0
     this.#spare = segment

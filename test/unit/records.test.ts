@@ -157,6 +157,17 @@ describe('what is empty', () => {
   })
 })
 
+test('a record of megabytes makes as much room as it takes', () => {
+  const filled = new Filled()
+  for (let i = 0; i < 20_000; i++) filled.allocate(2_000)
+  for (let round = 0; round < 6; round++) {
+    for (let i = 0; i < 2_000; i++) filled.free(i * 7_919)
+    filled.allocate(4_000_000)
+    expect(filled.records.allocated).toBeLessThanOrEqual(filled.most)
+  }
+  filled.check()
+})
+
 test('large records take no more than they are', () => {
   const records = new Records()
   const handles = Array.from({ length: 50 }, () => records.allocate(100_000))
