@@ -21,6 +21,8 @@ import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
 import type { RequestLog } from '../observe/request-log.ts'
 import { type CallOwner, DirectCall, type DirectMethod } from './direct-call.ts'
+import { HeaderStrings } from './header-strings.ts'
+import { replaceStreams } from './open-streams.ts'
 import { codeName, codeOf, toStatus, trailersOnly } from './status.ts'
 
 /** The kinds of methods, as grpc-js calls them. `undefined`: there is no such method. */
@@ -94,6 +96,7 @@ export class Intake implements Disposable {
   readonly #sessions = new Set<Http2Session>()
   /** Connections without a stream, and the look since which they have none, in that order. */
   readonly #idle = new Map<Http2Session, number>()
+  readonly #headerStrings = new HeaderStrings()
   readonly #sweep: NodeJS.Timeout
   #sweeps = 0
   /** The call that grpc-js is just taking over. */
@@ -147,6 +150,7 @@ export class Intake implements Disposable {
     }
     http2.on('stream', listener as never)
     http2.on('session', (session) => {
+      replaceStreams(session)
       this.#sessions.add(session)
       this.#idle.set(session, this.#sweeps)
       session.once('close', () => {
@@ -184,6 +188,7 @@ export class Intake implements Disposable {
       return undefined
     }
     showRepeatedCredentials(headers, raw)
+    this.#headerStrings.share(headers)
 
     this.#calls.add(call)
     const method = this.#options.direct.get(path)

@@ -1,0 +1,136 @@
+import { once } from 'node:events'
+import {
+  type ClientHttp2Session,
+  type ClientHttp2Stream,
+  connect,
+  createServer,
+  type Http2Stream,
+  type IncomingHttpHeaders,
+  type ServerHttp2Session,
+  type ServerHttp2Stream,
+} from 'node:http2'
+import type { AddressInfo } from 'node:net'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import { OpenStreams, replaceStreams } from '../../src/rpc/open-streams.ts'
+
+/** What the table holds of a stream, which it never looks into. */
+const streamOf = (id: number) => ({ name: `stream ${id}` }) as unknown as Http2Stream
+
+const steps = fc.array(
+  fc.record({
+    // Ids that lie close together, and some that share a place with them however large the table is.
+    id: fc.tuple(fc.nat(60), fc.constantFrom(0, 0, 0, 1, 2)).map(([n, far]) => 2 * n + 1 + far * 2 ** 20),
+    does: fc.constantFrom('open', 'open', 'close'),
+  }),
+  { maxLength: 300 },
+)
+
+test('open streams are found by their ids as in a Map, whichever come, go and stay', () => {
+  fc.assert(
+    fc.property(steps, (taken) => {
+      const streams = new OpenStreams()
+      const model = new Map<number, Http2Stream>()
+      for (const { id, does } of taken) {
+        const stream = streamOf(id)
+        if (does === 'open') {
+          streams.set(id, stream)
+          model.set(id, stream)
+        } else expect(streams.delete(id)).toBe(model.delete(id))
+        expect(streams.size).toBe(model.size)
+        for (const { id } of taken) expect(streams.get(id)).toBe(model.get(id))
+      }
+      const told: Http2Stream[] = []
+      streams.forEach((stream) => {
+        told.push(stream)
+      })
+      expect(new Set(told)).toEqual(new Set(model.values()))
+      expect(told).toHaveLength(model.size)
+    }),
+    { numRuns: 200 },
+  )
+})
+
+test('a stream that stays open keeps its place through a million short ones', () => {
+  const streams = new OpenStreams()
+  const staying = streamOf(1)
+  streams.set(1, staying)
+  for (let id = 3; id < 2_000_000; id += 2) {
+    streams.set(id, streamOf(id))
+    streams.delete(id)
+  }
+  expect(streams.get(1)).toBe(staying)
+  expect(streams.size).toBe(1)
+})
+
+test('a session whose streams are kept here answers many at once, and those that are left when it ends are ended', async () => {
+  await using started = new AsyncDisposableStack()
+  const server = createServer()
+  const sessions: ServerHttp2Session[] = []
+  const replaced: boolean[] = []
+  const left: ServerHttp2Stream[] = []
+  server.on('session', (session) => {
+    replaced.push(replaceStreams(session))
+    sessions.push(session)
+  })
+  server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
+    stream.on('error', () => undefined)
+    if (headers[':path'] === '/left') {
+      stream.respond()
+      left.push(stream)
+    } else {
+      stream.respond({}, { waitForTrailers: true })
+      stream.on('wantTrailers', () => stream.sendTrailers({ path: headers[':path'] }))
+      stream.end('x'.repeat(1000))
+    }
+  })
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  started.defer(() => void server.close())
+  const client = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
+  client.on('error', () => undefined)
+  started.defer(() => client.destroy())
+
+  const open = Array.from({ length: 20 }, () => client.request({ ':path': '/left' }))
+  const ends = open.map((stream) =>
+    once(
+      stream.on('error', () => undefined),
+      'close',
+    ),
+  )
+  await Promise.all(open.map((stream) => once(stream, 'response')))
+  for (let round = 0; round < 5; round++) {
+    const paths = Array.from({ length: 200 }, (_, n) => `/${round}-${n}`)
+    expect(await Promise.all(paths.map((path) => trailerOf(client, path)))).toEqual(paths)
+  }
+  expect(replaced).toEqual([true])
+  sessions[0]?.destroy()
+  await Promise.all(ends)
+  expect(left.map(({ destroyed }) => destroyed)).toEqual(open.map(() => true))
+})
+
+test('a session that has streams already keeps the table that they are in', async () => {
+  await using started = new AsyncDisposableStack()
+  const server = createServer()
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  started.defer(() => void server.close())
+  const client = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
+  client.on('error', () => undefined)
+  started.defer(() => client.destroy())
+  client.request({ ':path': '/' }).on('error', () => undefined)
+  const [stream] = (await once(server, 'stream')) as [ServerHttp2Stream]
+  expect(stream.session && replaceStreams(stream.session)).toBe(false)
+  stream.destroy()
+})
+
+/** The trailer of an answer that came whole. */
+async function trailerOf(client: ClientHttp2Session, path: string): Promise<unknown> {
+  const stream: ClientHttp2Stream = client.request({ ':path': path })
+  const trailers = once(stream, 'trailers')
+  let bytes = 0
+  for await (const chunk of stream) bytes += chunk.length
+  expect(bytes).toBe(1000)
+  const [{ path: told }] = await trailers
+  return told
+}
