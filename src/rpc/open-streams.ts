@@ -10,21 +10,26 @@ const FIRST_PLACES = 32
 
 /** The open streams by id: what Node asks of its `Map`. */
 export class OpenStreams {
-  /** 0: nobody is in this place. The length is a power of two. */
+  /** 0: the place is free. The length is a power of two. */
   #ids = new Uint32Array(FIRST_PLACES)
   /** Streams that come and go have neighbouring ids, so that each has a place of its own, and a later one takes it again. */
   #places: (Http2Stream | undefined)[] = new Array(FIRST_PLACES).fill(undefined)
-  /** Those whose place is taken, by a stream that stays. */
-  readonly #others = new Map<number, Http2Stream>()
+  /** Streams that stayed until as many others had come as there are places. */
+  readonly #displaced = new Map<number, Http2Stream>()
   #size = 0
 
   get size(): number {
     return this.#size
   }
 
+  /** How many open streams are in a `Map` after all. */
+  get displaced(): number {
+    return this.#displaced.size
+  }
+
   get(id: number): Http2Stream | undefined {
     const place = this.#placeOf(id)
-    return this.#ids[place] === id ? this.#places[place] : this.#others.get(id)
+    return this.#ids[place] === id ? this.#places[place] : this.#displaced.get(id)
   }
 
   set(id: number, stream: Http2Stream): this {
@@ -32,22 +37,26 @@ export class OpenStreams {
     this.#size++
     if (2 * this.#size > this.#ids.length) this.#grow()
     const place = this.#placeOf(id)
-    if (this.#ids[place] === 0) this.#put(place, id, stream)
-    else this.#others.set(id, stream)
+    const stayed = this.#places[place]
+    if (stayed !== undefined) this.#displaced.set(this.#ids[place] as number, stayed)
+    this.#put(place, id, stream)
     return this
   }
 
   delete(id: number): boolean {
+    if (this.get(id) === undefined) return false
     const place = this.#placeOf(id)
     if (this.#ids[place] === id) this.#put(place, 0, undefined)
-    else if (!this.#others.delete(id)) return false
+    else this.#displaced.delete(id)
     this.#size--
     return true
   }
 
-  /** Each may be deleted, and others set, meanwhile: told are those that were open before. */
-  forEach(tell: (stream: Http2Stream) => void): void {
-    for (const stream of [...this.#places, ...this.#others.values()]) if (stream !== undefined) tell(stream)
+  /** Calls back for each stream that is open now, in no particular order; it may delete any of them. */
+  forEach(callback: (stream: Http2Stream) => void): void {
+    for (const stream of [...this.#places, ...this.#displaced.values()]) {
+      if (stream !== undefined) callback(stream)
+    }
   }
 
   /** The lowest bit says which side opened a stream: one side's ids are all odd or all even. */
@@ -87,8 +96,8 @@ export class PendingStreams {
     return at !== -1
   }
 
-  forEach(tell: (stream: Http2Stream) => void): void {
-    for (const stream of [...this.#streams]) tell(stream)
+  forEach(callback: (stream: Http2Stream) => void): void {
+    for (const stream of [...this.#streams]) callback(stream)
   }
 }
 

@@ -12,7 +12,8 @@ import {
 import type { AddressInfo } from 'node:net'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import { OpenStreams, replaceStreams } from '../../src/rpc/open-streams.ts'
+import { Intake, type IntakeOptions } from '../../src/rpc/intake.ts'
+import { OpenStreams, PendingStreams, replaceStreams } from '../../src/rpc/open-streams.ts'
 
 /** What the table holds of a stream, which it never looks into. */
 const streamOf = (id: number) => ({ name: `stream ${id}` }) as unknown as Http2Stream
@@ -20,7 +21,7 @@ const streamOf = (id: number) => ({ name: `stream ${id}` }) as unknown as Http2S
 const steps = fc.array(
   fc.record({
     // Ids that lie close together, and some that share a place with them however large the table is.
-    id: fc.tuple(fc.nat(60), fc.constantFrom(0, 0, 0, 1, 2)).map(([n, far]) => 2 * n + 1 + far * 2 ** 20),
+    id: fc.tuple(fc.nat(60), fc.constantFrom(0, 0, 0, 1, 2)).map(([n, far]) => 1 + n + far * 2 ** 30),
     does: fc.constantFrom('open', 'open', 'close'),
   }),
   { maxLength: 300 },
@@ -51,16 +52,51 @@ test('open streams are found by their ids as in a Map, whichever come, go and st
   )
 })
 
-test('a stream that stays open keeps its place through a million short ones', () => {
+test('streams that come and go, two hundred at a time, each have a place: none is in a Map', () => {
   const streams = new OpenStreams()
-  const staying = streamOf(1)
-  streams.set(1, staying)
-  for (let id = 3; id < 2_000_000; id += 2) {
+  for (let id = 1; id < 20_000; id += 2) {
+    streams.set(id, streamOf(id))
+    if (id > 400) streams.delete(id - 400)
+    expect(streams.displaced).toBe(0)
+  }
+})
+
+test('streams without an id are those of a Set', () => {
+  const steps = fc.array(fc.record({ n: fc.nat(5), adds: fc.boolean() }), { maxLength: 50 })
+  const all = Array.from({ length: 6 }, (_, n) => streamOf(n))
+  fc.assert(
+    fc.property(steps, (taken) => {
+      const streams = new PendingStreams()
+      const model = new Set<Http2Stream>()
+      for (const { n, adds } of taken) {
+        const stream = all[n] as Http2Stream
+        if (adds) {
+          streams.add(stream)
+          model.add(stream)
+        } else expect(streams.delete(stream)).toBe(model.delete(stream))
+        expect(streams.size).toBe(model.size)
+      }
+      const told: Http2Stream[] = []
+      streams.forEach((stream) => {
+        told.push(stream)
+        streams.delete(stream)
+      })
+      expect(told).toEqual([...model])
+      expect(streams.size).toBe(0)
+    }),
+  )
+})
+
+test('streams that stay open are found through a million short ones, which have places all the same', () => {
+  const streams = new OpenStreams()
+  const staying = Array.from({ length: 15 }, (_, n) => streamOf(2 * n + 1))
+  for (const [n, stream] of staying.entries()) streams.set(2 * n + 1, stream)
+  for (let id = 31; id < 2_000_000; id += 2) {
     streams.set(id, streamOf(id))
     streams.delete(id)
   }
-  expect(streams.get(1)).toBe(staying)
-  expect(streams.size).toBe(1)
+  expect(staying.map((_, n) => streams.get(2 * n + 1))).toEqual(staying)
+  expect([streams.size, streams.displaced]).toEqual([15, 15])
 })
 
 test('a session whose streams are kept here answers many at once, and those that are left when it ends are ended', async () => {
@@ -107,6 +143,21 @@ test('a session whose streams are kept here answers many at once, and those that
   sessions[0]?.destroy()
   await Promise.all(ends)
   expect(left.map(({ destroyed }) => destroyed)).toEqual(open.map(() => true))
+})
+
+test('a server keeps the streams of its sessions in such a table', async () => {
+  await using started = new AsyncDisposableStack()
+  const server = createServer()
+  new Intake({ maxIdleMs: 1_000 } as IntakeOptions).guard(server)
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  started.defer(() => void server.close())
+  const client = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
+  client.on('error', () => undefined)
+  started.defer(() => client.destroy())
+  const [session] = (await once(server, 'session')) as [ServerHttp2Session]
+  const values = Object.getOwnPropertySymbols(session).map((symbol) => Reflect.get(session, symbol))
+  expect(values.filter((value) => value?.streams instanceof OpenStreams)).toHaveLength(1)
 })
 
 test('a session that has streams already keeps the table that they are in', async () => {
