@@ -88,7 +88,16 @@ test('a new project installs it, compiles strictly, reads, keeps near, and watch
       }),
     )
     await writeFile(join(project, 'src', 'main.ts'), PROGRAM)
-    const install = ['install', '--ignore-scripts', '--no-audit', '--no-fund', '--prefer-offline']
+    // A request that the registry leaves without an answer is made again: npm would wait for it for five minutes.
+    const patience = ['--fetch-timeout=15000', '--fetch-retries=5', '--fetch-retry-mintimeout=500']
+    const install = [
+      'install',
+      '--ignore-scripts',
+      '--no-audit',
+      '--no-fund',
+      '--prefer-offline',
+      ...patience,
+    ]
     await run('npm', install, { ...npm, cwd: project })
     const tsc = join(ROOT, 'node_modules', 'typescript', 'bin', 'tsc')
     const compiled = await run(process.execPath, [tsc, '-p', project], npm).catch((error: unknown) => error)
