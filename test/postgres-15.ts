@@ -22,6 +22,10 @@ if (!existsSync(join(packages, 'node_modules', name))) {
     '--ignore-scripts',
     '--no-audit',
     '--no-fund',
+    // A request that the registry leaves without an answer is made again: npm would wait for it for five minutes.
+    '--fetch-timeout=15000',
+    '--fetch-retries=5',
+    '--fetch-retry-mintimeout=500',
     `${name}@${VERSION}`,
   ])
 }
