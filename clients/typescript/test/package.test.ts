@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { expect, test } from 'vitest'
+import { NPM_INSTALL } from '../../../test/support/npm-install.ts'
 import { build } from '../build.ts'
 import { startTwoServers } from './two-servers.ts'
 
@@ -88,17 +89,7 @@ test('a new project installs it, compiles strictly, reads, keeps near, and watch
       }),
     )
     await writeFile(join(project, 'src', 'main.ts'), PROGRAM)
-    // A request that the registry leaves without an answer is made again: npm would wait for it for five minutes.
-    const patience = ['--fetch-timeout=15000', '--fetch-retries=5', '--fetch-retry-mintimeout=500']
-    const install = [
-      'install',
-      '--ignore-scripts',
-      '--no-audit',
-      '--no-fund',
-      '--prefer-offline',
-      ...patience,
-    ]
-    await run('npm', install, { ...npm, cwd: project })
+    await run('npm', [...NPM_INSTALL, '--prefer-offline'], { ...npm, cwd: project })
     const tsc = join(ROOT, 'node_modules', 'typescript', 'bin', 'tsc')
     const compiled = await run(process.execPath, [tsc, '-p', project], npm).catch((error: unknown) => error)
     expect(compiled).toMatchObject({ stdout: '' })
