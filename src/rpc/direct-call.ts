@@ -9,6 +9,7 @@
 import { constants, type IncomingHttpHeaders, type ServerHttp2Stream } from 'node:http2'
 import { gunzip, inflate } from 'node:zlib'
 import { ItemCacheError } from '../errors.ts'
+import { sendOkTrailers } from './ok-trailers.ts'
 import type { Reply } from './service-definition.ts'
 import { ACCEPTED_ENCODINGS, type Status, trailers, trailersOnly } from './status.ts'
 import { Framed, framed, PREFIX_BYTES } from './wire.ts'
@@ -39,7 +40,6 @@ const RESPONSE_HEADERS = Object.freeze([
 ])
 /** gRPC has no use for a date, and Node would append it to the headers. */
 const WITH_TRAILERS = { waitForTrailers: true, sendDate: false }
-const OK_TRAILERS = { 'grpc-status': '0' }
 
 /** One call. It is answered once, by `reply` or by any number of `write` and `refuse`: what comes afterwards is ignored. */
 export class DirectCall {
@@ -161,17 +161,20 @@ export class DirectCall {
 
   reply(reply: Reply): void {
     if (!this.#mayAnswer()) return
-    this.#stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
-    this.#stream.on('wantTrailers', sendOk)
+    const stream = this.#stream
+    stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
+    stream.on('wantTrailers', sendOkTrailers)
     if (reply instanceof Framed && reply.isLent) {
-      const stream = this.#stream
       stream.write(reply.bytes, (error) => {
         // The socket has taken all of it, unless the stream was destroyed: then Node calls back, without an error, although
         // a part may still be on its way.
         if (!stream.destroyed) reply.sent(error)
       })
-      stream.end()
-    } else this.#stream.end(frameOf(reply))
+    } else {
+      // Past the stream's queue, which would end only when the socket has taken the message: so the end goes with it.
+      stream._write(frameOf(reply), 'buffer' as BufferEncoding, nobodyAsks)
+    }
+    stream.end()
   }
 
   /**
@@ -283,9 +286,7 @@ const UNPACKERS = new Map([
 
 const frameOf = (reply: Reply): Buffer => (reply instanceof Framed ? reply : framed(reply)).bytes
 
-function sendOk(this: ServerHttp2Stream): void {
-  this.sendTrailers(OK_TRAILERS)
-}
+const nobodyAsks = () => {}
 
 /** The metadata of a call, as far as anybody here asks for it: the values of one key. */
 export class CallHeaders {

@@ -7,7 +7,8 @@ import {
   type ServerHttp2Stream,
 } from 'node:http2'
 import type { AddressInfo } from 'node:net'
-import { expect, test } from 'vitest'
+import { duplexPair } from 'node:stream'
+import { expect, test, vi } from 'vitest'
 import { DirectCall } from '../../src/rpc/direct-call.ts'
 import { Framed } from '../../src/rpc/wire.ts'
 
@@ -24,15 +25,19 @@ class Lent extends Framed {
   }
 }
 
+function directCall(stream: ServerHttp2Stream, headers: IncomingHttpHeaders): DirectCall {
+  const method = { maxRequestBytes: 1000, decode: () => undefined, handle: () => undefined }
+  const owner = { reject: () => undefined, delivered: () => undefined }
+  return new DirectCall(stream, headers, method, owner, Number.POSITIVE_INFINITY)
+}
+
 /** One call over a window of `windowBytes`, which is answered at once. */
 async function answered(answer: Framed, windowBytes: number) {
   await using started = new AsyncDisposableStack()
   const server = createServer()
   const taken = Promise.withResolvers<ServerHttp2Stream>()
   server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
-    const method = { maxRequestBytes: 1000, decode: () => undefined, handle: () => undefined }
-    const owner = { reject: () => undefined, delivered: () => undefined }
-    const direct = new DirectCall(stream, headers, method, owner, Number.POSITIVE_INFINITY)
+    const direct = directCall(stream, headers)
     direct.reply(answer)
     stream.on('error', () => undefined).on('data', () => undefined)
     stream.once('close', () => direct.closed())
@@ -104,8 +109,8 @@ test('a call that is over leaves nothing of itself in its stream, which still sa
   }
 })
 
-test('a call that was broken off still has what may come back to its stream', async () => {
-  await using exchange = await answered(new Framed(Buffer.alloc(100_000)), 16_384)
+test('a call whose lent answer was broken off still has what may come back to its stream', async () => {
+  await using exchange = await answered(new Lent(Buffer.alloc(100_000)), 16_384)
   const { call, stream } = exchange
   await once(call, 'response')
   const closed = once(stream, 'close')
@@ -113,4 +118,33 @@ test('a call that was broken off still has what may come back to its stream', as
   await closed
   expect(stream.eventNames()).toContain('error')
   expect([stream.writableFinished, stream.destroyed]).toEqual([false, true])
+})
+
+test('an answer, its end and its trailers leave in one write', async () => {
+  const [near, far] = duplexPair()
+  const server = createServer()
+  server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
+    const direct = directCall(stream, headers)
+    stream.on('data', () => undefined).once('end', () => direct.reply(new Framed(Buffer.from('an answer'))))
+    stream.once('close', () => direct.closed())
+  })
+  server.emit('connection', far)
+  const session = connect('http://here', { createConnection: () => near })
+  await once(session, 'remoteSettings')
+  const writes: number[] = []
+  for (let n = 0; n < 3; n++) {
+    // Node corks a stream that is not a socket for what would be one write of several buffers.
+    const writev = vi.spyOn(far, 'cork')
+    const call = session.request({ ':method': 'POST', ':path': '/' })
+    const trailers = once(call, 'trailers')
+    call.end('a request')
+    expect(Buffer.concat(await call.toArray()).toString()).toBe('an answer')
+    const [{ 'grpc-status': status }] = await trailers
+    expect(status).toBe('0')
+    writes.push(writev.mock.calls.length)
+    writev.mockRestore()
+  }
+  session.destroy()
+  // The first call shows what Node makes of the trailers, and the settings of both sides are under way.
+  expect(writes.slice(1)).toEqual([1, 1])
 })
