@@ -14,6 +14,7 @@ import { ItemCacheError } from '../errors.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
 import type { Tracing } from '../observe/tracing.ts'
+import { afterSilence } from '../silence.ts'
 import type { LogEntry, LogPage, LogSource, Revision } from '../tiers/tier.ts'
 import { TIMELINE_SPAN, View } from './view.ts'
 
@@ -57,6 +58,14 @@ interface Tailed {
   usedAtMs: number
   /** Those who wait for the position, by the revision that they wait for. */
   readonly waiting: Set<{ readonly revision: Revision; readonly resolve: () => void }>
+  hearing: Hearing | undefined
+}
+
+/** What all those share who wait until a log has been heard of again. */
+interface Hearing {
+  readonly promise: Promise<void>
+  readonly resolve: () => void
+  readonly timer: NodeJS.Timeout
 }
 
 /** The floors of so many newest rows are set at activation; copies older than these rows are not trusted. */
@@ -201,6 +210,25 @@ export class Tail implements AsyncDisposable {
     }
   }
 
+  /**
+   * Polls a tenant whose log has not been heard of lately. Resolves when it has been, when it cannot be read, or when
+   * `withinMs` are over since the first who waits has come: all wait together.
+   */
+  heardAgain(tenant: string, withinMs: number): Promise<void> {
+    const tailed = this.#tenants.get(tenant)
+    if (tailed === undefined || this.#closed) return Promise.resolve()
+    if (tailed.hearing !== undefined) return tailed.hearing.promise
+    const { promise, resolve } = Promise.withResolvers<void>()
+    const timer = afterSilence(withinMs, () => {
+      if (tailed.hearing === hearing) settle(tailed)
+    })
+    const hearing: Hearing = { promise, resolve, timer }
+    tailed.hearing = hearing
+    this.#notified.add(tenant)
+    this.#poll()
+    return promise
+  }
+
   /** Timelines: a revision of a timeline that nobody here has seen raises every tenant's floor at once. */
   seen(revision: Revision): void {
     const timeline = Math.floor(revision / TIMELINE_SPAN)
@@ -234,7 +262,14 @@ export class Tail implements AsyncDisposable {
       this.#pollHot()
     }
     const activated = activate()
-    const tailed: Tailed = { view, activated, active: false, usedAtMs: now(), waiting: new Set() }
+    const tailed: Tailed = {
+      view,
+      activated,
+      active: false,
+      usedAtMs: now(),
+      waiting: new Set(),
+      hearing: undefined,
+    }
     this.#tenants.set(tenant, tailed)
     activated.catch(() => {
       this.#options.metrics.tiers.postgres.errors++
@@ -331,6 +366,7 @@ export class Tail implements AsyncDisposable {
     } catch (error) {
       if (!this.#failing) log.warn({ err: error }, 'the log cannot be read: copies are not called current')
       this.#failing = true
+      for (const tailed of this.#tenants.values()) settle(tailed)
     }
   }
 
@@ -342,11 +378,12 @@ export class Tail implements AsyncDisposable {
     }
     if (positions.size === 0) return
     const sentAtMs = this.#options.now()
-    const pages = await this.#options.source.after(
-      positions,
-      { rows: PAGE_ROWS, names: Math.floor(PAGE_NAMES / positions.size) },
-      AbortSignal.timeout(POLL_TIMEOUT_MS),
-    )
+    const late = new AbortController()
+    const timer = afterSilence(POLL_TIMEOUT_MS, () => late.abort(timedOut()))
+    const names = Math.floor(PAGE_NAMES / positions.size)
+    const pages = await this.#options.source
+      .after(positions, { rows: PAGE_ROWS, names }, late.signal)
+      .finally(() => clearTimeout(timer))
     for (const [tenant, page] of pages) {
       await this.#applyPage(tenant, page, positions.get(tenant) ?? 0, sentAtMs)
     }
@@ -389,7 +426,10 @@ export class Tail implements AsyncDisposable {
       this.#wake(tailed)
       for (const follower of this.#followers) follower.jumped(tenant, page.revision)
     }
-    if (page.complete || !whole) view.heard(sentAtMs)
+    if (page.complete || !whole) {
+      view.heard(sentAtMs)
+      if (view.hasHeard(this.#options.now())) settle(tailed)
+    }
     // There is more: ask again at once.
     else this.#notified.add(tenant)
   }
@@ -458,6 +498,17 @@ export async function untilAborted<T>(promise: Promise<T>, signal: Ending): Prom
     signal.removeEventListener('abort', abort)
   }
 }
+
+/** Nobody needs to wait any more. */
+function settle(tailed: Tailed): void {
+  if (tailed.hearing === undefined) return
+  clearTimeout(tailed.hearing.timer)
+  tailed.hearing.resolve()
+  tailed.hearing = undefined
+}
+
+/** What `AbortSignal.timeout` gives for a reason. */
+const timedOut = () => new DOMException('no answer in time', 'TimeoutError')
 
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve))
 

@@ -23,6 +23,7 @@ import { ItemCacheError } from '../errors.ts'
 import { aheadOfLog, type Ending, untilAborted } from '../invalidation/tail.ts'
 import type { Verdict, View } from '../invalidation/view.ts'
 import type { Trace, Tracing } from '../observe/tracing.ts'
+import { afterSilence } from '../silence.ts'
 import type { Copy, Revision, Snapshot, TierName } from '../tiers/tier.ts'
 import {
   type Flight,
@@ -202,7 +203,7 @@ export class Reader {
   async recall(tenant: string, id: string, signal: Ending, trace?: Trace): Promise<void> {
     if (!this.#parts.memory.enabled || !this.#loader.isCached(tenant, id)) return
     const { promise: late, resolve: isLate } = Promise.withResolvers<void>()
-    const timer = setTimeout(isLate, RECALL_MS)
+    const timer = afterSilence(RECALL_MS, isLate)
     let flight: Flight | undefined
     try {
       const { flight: shared, joined } = this.#flights.join(tenant, id, 'cached', {})
@@ -246,9 +247,20 @@ export class Reader {
     const startedMs = this.#options.now()
     const isCached = this.#loader.isCached(tenant, id)
     try {
-      const isNew = isCached && this.#parts.tail.view(tenant) === undefined
-      const hit = isNew ? await this.#activated(tenant, id, options, signal, load) : undefined
-      const answer = hit ?? (await this.#fromBelow(tenant, id, options, signal, load, isCached))
+      let softMs = this.#options.softTimeoutMs
+      let hit: Answer | undefined
+      const view = isCached ? this.#parts.tail.view(tenant) : undefined
+      if (isCached && view === undefined) {
+        await this.#activated(tenant, options, signal)
+        // Another caller may have waited for the same, and memory have the item since.
+        hit = this.hit(tenant, id, options, load)
+      } else if (view !== undefined && this.#isUnheard(tenant, id, options, view)) {
+        softMs /= 2
+        const heard = () => untilAborted(this.#parts.tail.heardAgain(tenant, softMs), signal)
+        await walked('postgres.log', options, heard)
+        hit = this.hit(tenant, id, options, load)
+      }
+      const answer = hit ?? (await this.#fromBelow(tenant, id, options, signal, load, isCached, softMs))
       const latency = isCached ? metrics.cachedReads : metrics.bypassedReads
       latency.record(this.#options.now() - startedMs)
       return answer
@@ -315,17 +327,8 @@ export class Reader {
     return answer
   }
 
-  /**
-   * Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed.
-   * Another caller may have waited for the same, and memory have the item since.
-   */
-  async #activated(
-    tenant: string,
-    id: string,
-    options: ReadOptions,
-    signal: Ending,
-    load: Load | undefined,
-  ): Promise<Answer | undefined> {
+  /** Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed. */
+  async #activated(tenant: string, options: ReadOptions, signal: Ending): Promise<void> {
     const activated = walked('postgres.log', options, () => this.#parts.tail.activated(tenant, signal)).catch(
       (error: unknown) => {
         if (whyNoAnswer(error) === undefined) throw error
@@ -333,7 +336,19 @@ export class Reader {
     )
     if (options.freshness === 'FRESH') activated.catch(() => {})
     else await activated
-    return this.hit(tenant, id, options, load)
+  }
+
+  /**
+   * Whether memory has an answer that nothing but the silence of the log keeps from being current. One poll ends that for all
+   * copies, so that after a standstill hot reads need not be loaded.
+   */
+  #isUnheard(tenant: string, id: string, options: ReadOptions, view: View): boolean {
+    const now = this.#options.now()
+    const { tail, memory } = this.#parts
+    if (options.freshness !== 'DEFAULT' || tail.failing || view.hasHeard(now)) return false
+    const copy = memory.peek(tenant, id)
+    if (copy === undefined || view.judge(copy) !== 'current') return false
+    return now < copy.freshUntilMs && fits(stamp(view, copy), options, now)
   }
 
   /** The answer of the tiers below memory; for a key outside the share that goes through the caches PostgreSQL's own. */
@@ -344,6 +359,7 @@ export class Reader {
     signal: Ending,
     load: Load | undefined,
     isCached: boolean,
+    softMs: number,
   ): Promise<Answer> {
     if (options.freshness === 'CACHE_ONLY') {
       return isCached
@@ -351,7 +367,7 @@ export class Reader {
         : Promise.resolve(this.#nothing(NOTHING_SKIPPED))
     }
     const asked: ReadOptions = isCached ? options : { ...options, freshness: 'FRESH' }
-    return this.#fromFlight(tenant, id, asked, signal, load)
+    return this.#fromFlight(tenant, id, asked, signal, load, softMs)
   }
 
   /** The answer that a copy allows, or `undefined` when it is not good enough for the reader. */
@@ -443,6 +459,7 @@ export class Reader {
     options: ReadOptions,
     signal: Ending,
     load: Load | undefined,
+    softMs: number,
   ): Promise<Answer> {
     const began = this.#loader.tick()
     const fresh = options.freshness === 'FRESH' || options.maxStalenessMs === 0
@@ -450,7 +467,7 @@ export class Reader {
     for (;;) {
       const { flight, joined } = this.#flights.join(tenant, id, route, { load })
       if (options.trace !== undefined) show(options.trace, flight, route, joined)
-      const landed = await this.#patiently(tenant, flight, options, signal, joined)
+      const landed = await this.#patiently(tenant, flight, options, signal, joined, softMs)
       if ('outcome' in landed) return landed
       const { copy, tier, skipped, sentAt } = landed
       const answer = (outcome: Outcome): Answer => {
@@ -487,7 +504,7 @@ export class Reader {
 
   /**
    * Waits for a flight until the signal aborts. A stale answer comes instead when there is one and the flight fails, or
-   * takes longer than the soft timeout; then it goes on for the others.
+   * takes longer than `softMs`; then it goes on for the others.
    */
   async #patiently(
     tenant: string,
@@ -495,6 +512,7 @@ export class Reader {
     options: ReadOptions,
     signal: Ending,
     joined: boolean,
+    softMs: number,
   ): Promise<Landed | Answer> {
     const { promise } = flight.result
     const mayBeStale = options.allowStale && options.freshness !== 'FRESH'
@@ -502,7 +520,7 @@ export class Reader {
       this.#staleInstead(tenant, flight.id, options, flight, { ...why, coalesced: joined })
     // What comes first: the flight's end, the soft timeout (`undefined`), or the signal's.
     const { promise: first, resolve, reject } = Promise.withResolvers<Landed | undefined>()
-    const timer = mayBeStale ? setTimeout(resolve, this.#options.softTimeoutMs, undefined) : undefined
+    const timer = mayBeStale ? afterSilence(softMs, () => resolve(undefined)) : undefined
     const leave = () => reject(signal.reason)
     flight.board()
     signal.addEventListener('abort', leave, { once: true })

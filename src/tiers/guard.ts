@@ -21,6 +21,7 @@ import {
   SamplingBreaker,
 } from 'cockatiel'
 import { ItemCacheError } from '../errors.ts'
+import { afterSilence } from '../silence.ts'
 import type {
   CacheAnswer,
   CacheTier,
@@ -320,8 +321,7 @@ export class GuardedRedis implements CacheTier, LoadLocks, Disposable {
     }
     return {
       call: async () => {
-        // What has arrived is read first: that this process was busy says nothing of Redis.
-        const timer = setTimeout(() => setImmediate(becomeSlow), this.#options.slowMs)
+        const timer = afterSilence(this.#options.slowMs, becomeSlow)
         try {
           return await call()
         } finally {

@@ -15,6 +15,7 @@ import {
   Redis,
   type Result,
 } from 'ioredis'
+import { afterSilence } from '../silence.ts'
 import {
   decodeCopy,
   encodeCopy,
@@ -391,13 +392,10 @@ export class RedisTier implements CacheTier, LoadLocks, Shards, AsyncDisposable 
     })
   }
 
-  /**
-   * A reply that has come counts, although this process was too busy to look in time: when the time is over, what has
-   * arrived is read before the command is given up.
-   */
+  /** A reply that has come counts, although this process was too busy to look in time. */
   async #inTime<T>(reply: Promise<T>): Promise<T> {
     const { promise: late, reject } = Promise.withResolvers<never>()
-    const timer = setTimeout(() => setImmediate(() => reject(new Error(TIMED_OUT))), this.#commandTimeoutMs)
+    const timer = afterSilence(this.#commandTimeoutMs, () => reject(new Error(TIMED_OUT)))
     try {
       return await Promise.race([reply, late])
     } finally {

@@ -854,7 +854,7 @@ describe('a load behind an answer', () => {
     let shut = false
     let opened = Promise.withResolvers<void>()
     const gate: Gate = async (what) => {
-      if (shut && what.startsWith('rows')) await opened.promise
+      if (shut && /^(rows|poll)/.test(what)) await opened.promise
     }
     return {
       gate,
@@ -933,8 +933,12 @@ describe('a load behind an answer', () => {
     tested.clock.nowMs = 2000
     shut()
     const reading = read(tested)
+    // It waits for the log first, and then for the tiers, half of the time each.
+    await turn()
+    expect(tested.postgres.selects.get('a')).toBe(1)
+    vi.advanceTimersByTime(50)
     await selected(tested, 2)
-    vi.advanceTimersByTime(100)
+    vi.advanceTimersByTime(50)
     expect(await reading).toMatchObject({ outcome: 'STALE', staleReason: 'UNVERIFIED' })
     open()
     await tested.reader.settled()
@@ -1003,6 +1007,29 @@ describe('an instance to which no notification comes', () => {
   /** Memory has room for one: it forgets the other. */
   const forget = (tested: Instance) => read(tested, 'b')
 
+  test('asks for the log once for all hot items after a standstill, and for no item that did not change', async () => {
+    const polled = vi.fn()
+    const tested = instance(async (what) => {
+      if (what === 'notification') await new Promise(() => {})
+      if (what === 'poll') polled()
+    })
+    await using _tail = tested.tail
+    for (const of of IDS) {
+      tested.postgres.put(of, [])
+      await read(tested, of)
+    }
+    await tested.reader.settled()
+    tested.clock.nowMs += 2000
+    const selects = tested.postgres.selects.get('a')
+    const answers = await Promise.all([read(tested, 'a'), read(tested, 'a'), read(tested, 'b')])
+    for (const answer of answers) expect(answer).toMatchObject({ outcome: 'HIT', tier: 'memory' })
+    expect(polled).toHaveBeenCalledTimes(1)
+    expect(tested.postgres.selects.get('a')).toBe(selects)
+    tested.clock.nowMs += 2000
+    tested.postgres.put('a', [])
+    expect(await read(tested, 'a')).toMatchObject({ outcome: 'MISS', copy: { revision: 3 } })
+  })
+
   test('serves what it has for as long as it may, and then asks the database', async () => {
     const tested = await warm()
     await using _tail = tested.tail
@@ -1010,13 +1037,13 @@ describe('an instance to which no notification comes', () => {
     tested.clock.nowMs += 1500
     expect(await read(tested, 'a')).toMatchObject({ outcome: 'HIT', tier: 'memory', copy: { revision: 1 } })
     tested.clock.nowMs += 1
+    expect(await read(tested, 'b', { freshness: 'CACHE_ONLY', allowStale: false })).toMatchObject({
+      outcome: 'MISS',
+    })
     expect(await read(tested, 'a')).toMatchObject({
       outcome: 'MISS',
       tier: 'postgres',
       copy: { revision: 3 },
-    })
-    expect(await read(tested, 'b', { freshness: 'CACHE_ONLY', allowStale: false })).toMatchObject({
-      outcome: 'MISS',
     })
   })
 

@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
-import { Tail, type TailOptions } from '../../src/invalidation/tail.ts'
+import { Tail, type TailOptions, untilAborted } from '../../src/invalidation/tail.ts'
 import { createLogger } from '../../src/observe/log.ts'
 import { Metrics } from '../../src/observe/metrics.ts'
 import type { LogEntry, LogListener, LogPage, LogSource, Revision } from '../../src/tiers/tier.ts'
@@ -10,6 +10,8 @@ const POLL_MS = 500
 /** A log in memory that counts who asks for it. Its database may notify or not. */
 class Log implements LogSource {
   polls = 0
+  /** What a poll waits for. */
+  ready: Promise<void> = Promise.resolve()
   readonly #rows: LogEntry[] = []
   #listener: LogListener | undefined
 
@@ -25,8 +27,13 @@ class Log implements LogSource {
     return { revision: this.#rows.length, rows: this.#rows, complete: true }
   }
 
-  async after(positions: ReadonlyMap<string, Revision>): Promise<ReadonlyMap<string, LogPage>> {
+  async after(
+    positions: ReadonlyMap<string, Revision>,
+    _: unknown,
+    signal: AbortSignal,
+  ): Promise<ReadonlyMap<string, LogPage>> {
     this.polls++
+    await untilAborted(this.ready, signal)
     const pages = [...positions].map(([tenant, after]) => {
       return [tenant, { revision: this.#rows.length, rows: this.#rows.slice(after), complete: true }] as const
     })
@@ -63,6 +70,11 @@ const startTail = async (source: Log, options: Partial<TailOptions> = {}) => {
   })
   await tail.start()
   return tail
+}
+
+/** Promises, and what waits until everything that has arrived was read. */
+const settled = async () => {
+  for (let n = 0; n < 3; n++) await new Promise((resolve) => setImmediate(resolve))
 }
 
 beforeEach(() => {
@@ -110,6 +122,77 @@ describe('a tenant that has just changed', () => {
     await vi.advanceTimersByTimeAsync(20)
     expect(view.position).toBe(second)
   })
+})
+
+describe('who waits until a log is heard of again', () => {
+  /** An instance that has been kept from looking for two seconds. */
+  async function standstill() {
+    const log = new Log()
+    let nowMs = 0
+    const tail = await startTail(log, { now: () => nowMs })
+    const view = await tail.activated(TENANT)
+    nowMs = 2000
+    expect(view.hasHeard(nowMs)).toBe(false)
+    const over: string[] = []
+    const wait = (who: string) => void tail.heardAgain(TENANT, 100).then(() => over.push(who))
+    return { log, view, over, wait, nowMs, [Symbol.asyncDispose]: () => tail[Symbol.asyncDispose]() }
+  }
+  test('shares one poll with all others, and goes on when it has been answered', async () => {
+    await using stood = await standstill()
+    const { promise, resolve } = Promise.withResolvers<void>()
+    stood.log.ready = promise
+    for (const who of ['a', 'b']) stood.wait(who)
+    await settled()
+    expect([stood.log.polls, stood.over]).toEqual([1, []])
+    resolve()
+    await settled()
+    expect([stood.log.polls, stood.over]).toEqual([1, ['a', 'b']])
+    expect(stood.view.hasHeard(stood.nowMs)).toBe(true)
+  })
+
+  test('goes on when the log cannot be read', async () => {
+    await using stood = await standstill()
+    stood.log.ready = Promise.reject(new Error('the database is down'))
+    stood.wait('a')
+    await settled()
+    expect(stood.over).toEqual(['a'])
+  })
+
+  test('waits for so long from the first one on, and what has arrived by then counts', async () => {
+    await using stood = await standstill()
+    const { promise, resolve } = Promise.withResolvers<void>()
+    stood.log.ready = promise
+    stood.wait('a')
+    vi.advanceTimersByTime(99)
+    stood.wait('b')
+    await settled()
+    expect(stood.over).toEqual([])
+    vi.advanceTimersByTime(1)
+    await settled()
+    expect(stood.over).toEqual(['a', 'b'])
+    // Whoever comes now waits anew.
+    stood.wait('c')
+    vi.advanceTimersByTime(99)
+    await settled()
+    expect(stood.over).toEqual(['a', 'b'])
+    resolve()
+    await settled()
+    expect(stood.over).toEqual(['a', 'b', 'c'])
+  })
+})
+
+test('a poll whose answer has come counts, although this process was too busy to look in time', async () => {
+  const log = new Log()
+  await using tail = await startTail(log, { pollMs: 1e9 })
+  const view = await tail.activated(TENANT)
+  const { promise, resolve } = Promise.withResolvers<void>()
+  log.ready = promise
+  const revision = log.commit({ notify: true })
+  // The time of the poll is over, and its answer is what is read next.
+  vi.advanceTimersByTime(1000)
+  resolve()
+  await settled()
+  expect([view.position, tail.failing]).toEqual([revision, false])
 })
 
 test('a lost notification costs half a second at most', async () => {
