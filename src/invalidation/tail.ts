@@ -212,18 +212,14 @@ export class Tail implements AsyncDisposable {
 
   /**
    * Polls a tenant whose log has not been heard of lately. Resolves when it has been, when it cannot be read, or when
-   * `withinMs` are over since the first who waits has come: all wait together.
+   * `withinMs` are over since the first who waits has come: all wait together, and after that nobody, until it is heard of.
    */
   heardAgain(tenant: string, withinMs: number): Promise<void> {
     const tailed = this.#tenants.get(tenant)
     if (tailed === undefined || this.#closed) return Promise.resolve()
     if (tailed.hearing !== undefined) return tailed.hearing.promise
     const { promise, resolve } = Promise.withResolvers<void>()
-    const timer = afterSilence(withinMs, () => {
-      if (tailed.hearing === hearing) settle(tailed)
-    })
-    const hearing: Hearing = { promise, resolve, timer }
-    tailed.hearing = hearing
+    tailed.hearing = { promise, resolve, timer: afterSilence(withinMs, resolve) }
     this.#notified.add(tenant)
     this.#poll()
     return promise
@@ -243,6 +239,7 @@ export class Tail implements AsyncDisposable {
     this.#closed = true
     clearInterval(this.#timer)
     clearTimeout(this.#hotTimer)
+    for (const tailed of this.#tenants.values()) endHearing(tailed)
     await this.#listening?.[Symbol.asyncDispose]()
     await this.#polling
   }
@@ -366,7 +363,7 @@ export class Tail implements AsyncDisposable {
     } catch (error) {
       if (!this.#failing) log.warn({ err: error }, 'the log cannot be read: copies are not called current')
       this.#failing = true
-      for (const tailed of this.#tenants.values()) settle(tailed)
+      for (const { hearing } of this.#tenants.values()) hearing?.resolve()
     }
   }
 
@@ -426,10 +423,7 @@ export class Tail implements AsyncDisposable {
       this.#wake(tailed)
       for (const follower of this.#followers) follower.jumped(tenant, page.revision)
     }
-    if (page.complete || !whole) {
-      view.heard(sentAtMs)
-      if (view.hasHeard(this.#options.now())) settle(tailed)
-    }
+    if (page.complete || !whole) this.#hear(tenant, tailed, sentAtMs)
     // There is more: ask again at once.
     else this.#notified.add(tenant)
   }
@@ -454,6 +448,14 @@ export class Tail implements AsyncDisposable {
       floors += 1 + row.ids.length + row.tags.length
     }
     return next
+  }
+
+  #hear(tenant: string, tailed: Tailed, sentAtMs: number): void {
+    tailed.view.heard(sentAtMs)
+    if (tailed.hearing === undefined) return
+    if (tailed.view.hasHeard(this.#options.now())) endHearing(tailed)
+    // This process stood still during the poll.
+    else this.#notified.add(tenant)
   }
 
   #wake({ view, waiting }: Tailed): void {
@@ -499,11 +501,9 @@ export async function untilAborted<T>(promise: Promise<T>, signal: Ending): Prom
   }
 }
 
-/** Nobody needs to wait any more. */
-function settle(tailed: Tailed): void {
-  if (tailed.hearing === undefined) return
-  clearTimeout(tailed.hearing.timer)
-  tailed.hearing.resolve()
+function endHearing(tailed: Tailed): void {
+  clearTimeout(tailed.hearing?.timer)
+  tailed.hearing?.resolve()
   tailed.hearing = undefined
 }
 

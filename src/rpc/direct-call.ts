@@ -12,6 +12,7 @@ import { ItemCacheError } from '../errors.ts'
 import { sendOkTrailers } from './ok-trailers.ts'
 import type { Reply } from './service-definition.ts'
 import { ACCEPTED_ENCODINGS, type Status, trailers, trailersOnly } from './status.ts'
+import { weightOf } from './unsent.ts'
 import { Framed, framed, PREFIX_BYTES } from './wire.ts'
 
 /** A method that is called with one message. */
@@ -102,7 +103,10 @@ export class DirectCall {
     return this
   }
 
-  /** Calls back when the caller has all of the answer, or will never have it; false when that is so already. */
+  /**
+   * Calls back when the socket has taken the answer, or never will; of one that weighs nothing, when it has been passed on to the
+   * socket. False when that is so already.
+   */
   whenClosed(then: () => void): boolean {
     if (this.#stream.destroyed) return false
     this.#whenClosed ??= []
@@ -164,16 +168,17 @@ export class DirectCall {
     const stream = this.#stream
     stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     stream.on('wantTrailers', sendOkTrailers)
-    if (reply instanceof Framed && reply.isLent) {
+    if (weightOf(reply) === 0) {
+      // Past the stream's queue, so that the end goes with it. The stream may be closed before the socket has taken anything: whoever
+      // wants to know that counts larger answers.
+      stream._write(frameOf(reply), 'buffer' as BufferEncoding, nobodyAsks)
+    } else if (reply instanceof Framed && reply.isLent) {
       stream.write(reply.bytes, (error) => {
         // The socket has taken all of it, unless the stream was destroyed: then Node calls back, without an error, although
         // a part may still be on its way.
         if (!stream.destroyed) reply.sent(error)
       })
-    } else {
-      // Past the stream's queue, which would end only when the socket has taken the message: so the end goes with it.
-      stream._write(frameOf(reply), 'buffer' as BufferEncoding, nobodyAsks)
-    }
+    } else stream.write(frameOf(reply))
     stream.end()
   }
 
@@ -266,7 +271,7 @@ let over: Pick<Kept, '_readableState' | '_writableState'> | undefined
 /**
  * Takes from a stream that is over what it keeps for itself, its listeners with all that they know of the call: V8 takes most
  * such streams for alive until the next full collection of garbage (docs/performance.md#what-garbage-collection-costs). One whose
- * answer was broken off, to which something may still come back, is left as it is.
+ * queue was not emptied, because its answer was broken off, is left as it is: something may still come back to it.
  */
 function shed(stream: ServerHttp2Stream): void {
   if (!stream.readableEnded || !stream.writableFinished || !stream.destroyed) return

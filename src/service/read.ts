@@ -108,6 +108,8 @@ export interface ReaderParts extends LoaderParts {
 
 const NOTHING_SKIPPED: readonly Skipped[] = []
 
+/** A read does not wait longer for the log to be heard of again. */
+const HEARING_MS = 50
 /** A write has a way without the caches: it does not wait longer for Redis, or for readers of the database. */
 const RECALL_MS = 50
 /** Loads are never taken to be shorter than this: that of a busy event loop. */
@@ -253,12 +255,14 @@ export class Reader {
       if (isCached && view === undefined) {
         await this.#activated(tenant, options, signal)
         // Another caller may have waited for the same, and memory have the item since.
-        hit = this.hit(tenant, id, options, load)
+        hit = this.#hit(tenant, id, options, this.#parts.tail.view(tenant), this.#options.now(), load)
       } else if (view !== undefined && this.#isUnheard(tenant, id, options, view)) {
-        softMs /= 2
-        const heard = () => untilAborted(this.#parts.tail.heardAgain(tenant, softMs), signal)
+        const heard = () =>
+          untilAborted(this.#parts.tail.heardAgain(tenant, Math.min(softMs / 2, HEARING_MS)), signal)
         await walked('postgres.log', options, heard)
-        hit = this.hit(tenant, id, options, load)
+        const nowMs = this.#options.now()
+        hit = this.#hit(tenant, id, options, this.#parts.tail.view(tenant), nowMs, load)
+        softMs = Math.max(0, softMs - (nowMs - startedMs))
       }
       const answer = hit ?? (await this.#fromBelow(tenant, id, options, signal, load, isCached, softMs))
       const latency = isCached ? metrics.cachedReads : metrics.bypassedReads
@@ -339,16 +343,17 @@ export class Reader {
   }
 
   /**
-   * Whether memory has an answer that nothing but the silence of the log keeps from being current. One poll ends that for all
-   * copies, so that after a standstill hot reads need not be loaded.
+   * Whether memory has an answer that only the silence of the log forbids. One poll ends that for all copies, so that after a
+   * standstill hot reads need not be loaded.
    */
   #isUnheard(tenant: string, id: string, options: ReadOptions, view: View): boolean {
     const now = this.#options.now()
     const { tail, memory } = this.#parts
     if (options.freshness !== 'DEFAULT' || tail.failing || view.hasHeard(now)) return false
     const copy = memory.peek(tenant, id)
-    if (copy === undefined || view.judge(copy) !== 'current') return false
-    return now < copy.freshUntilMs && fits(stamp(view, copy), options, now)
+    return (
+      copy !== undefined && this.#servable(stamp(view, copy), view.judge(copy), options, now) !== undefined
+    )
   }
 
   /** The answer of the tiers below memory; for a key outside the share that goes through the caches PostgreSQL's own. */
@@ -387,8 +392,8 @@ export class Reader {
     let copy = found
     if (verdict === 'current') copy = this.#passed(view, found, tier)
     else if (verdict !== 'expired') return undefined
-    if (!fits(copy, options, now)) return undefined
-    if (verdict === 'current' && now < copy.freshUntilMs) {
+    const serves = this.#servable(copy, verdict, options, now)
+    if (serves === 'fresh') {
       const outcome = copy.bytes === undefined ? 'NEGATIVE_HIT' : 'HIT'
       this.#count(tier, outcome, coalesced)
       this.#parts.probe.served(tenant, copy, view)
@@ -397,13 +402,20 @@ export class Reader {
       }
       return { copy, tier, outcome, staleReason: undefined, coalesced, skipped }
     }
-    if (!options.allowStale || copy.bytes === undefined) return undefined
-    if (now - copy.verifiedAtMs > this.#options.maxStaleMs) return undefined
+    if (serves === undefined) return undefined
     if (options.freshness !== 'CACHE_ONLY') this.#refresh(tenant, copy.id, { load }, options.trace)
     this.#count(tier, 'STALE', coalesced)
     this.#parts.metrics.staleReads.REVALIDATING++
     options.trace?.event('stale', { 'itemcache.stale_reason': 'REVALIDATING' })
     return { copy, tier, outcome: 'STALE', staleReason: 'REVALIDATING', coalesced, skipped }
+  }
+
+  /** As what a copy may be served of which the floors say so much, if the log has been heard of. */
+  #servable(copy: Copy, verdict: Verdict, options: ReadOptions, now: number): 'fresh' | 'stale' | undefined {
+    if ((verdict !== 'current' && verdict !== 'expired') || !fits(copy, options, now)) return undefined
+    if (verdict === 'current' && now < copy.freshUntilMs) return 'fresh'
+    if (!options.allowStale || copy.bytes === undefined) return undefined
+    return now - copy.verifiedAtMs > this.#options.maxStaleMs ? undefined : 'stale'
   }
 
   /** A copy that has passed the rule, stamped. */

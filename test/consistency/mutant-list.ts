@@ -289,8 +289,8 @@ export const MUTANTS: readonly Mutant[] = [
     edits: [
       {
         file: TAIL,
-        find: 'if (page.complete || !whole) view.heard(sentAtMs)',
-        put: `view.heard(sentAtMs)
+        find: 'if (page.complete || !whole) this.#hear(tenant, tailed, sentAtMs)',
+        put: `this.#hear(tenant, tailed, sentAtMs)
     if (page.complete || !whole) return`,
       },
     ],

@@ -148,3 +148,45 @@ test('an answer, its end and its trailers leave in one write', async () => {
   // The first call shows what Node makes of the trailers, and the settings of both sides are under way.
   expect(writes.slice(1)).toEqual([1, 1])
 })
+
+test.each([
+  { bytes: 100_000, isOver: 'not' },
+  { bytes: 100, isOver: 'already' },
+])(
+  'while the socket has not taken an answer of $bytes bytes its call is $isOver over',
+  async ({ bytes, isOver }) => {
+    const [near, far] = duplexPair()
+    const server = createServer()
+    const closed = vi.fn()
+    server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
+      const direct = directCall(stream, headers)
+      stream.on('data', () => undefined).once('end', () => direct.reply(new Framed(Buffer.alloc(bytes))))
+      direct.whenClosed(closed)
+      stream.once('close', () => direct.closed())
+    })
+    server.emit('connection', far)
+    const wide = { initialWindowSize: 2 ** 31 - 1 }
+    const session = connect('http://here', { createConnection: () => near, settings: wide })
+    session.setLocalWindowSize(2 ** 31 - 1)
+    await once(session, 'remoteSettings')
+    await new Promise<void>((resolve) => session.ping(() => resolve()))
+
+    // What the server writes from now on its socket does not take.
+    const write = far._write.bind(far)
+    const untaken: (() => void)[] = []
+    const stuck = vi.spyOn(far, '_write').mockImplementation((...args) => {
+      untaken.push(() => write(...args))
+    })
+    const call = session.request({ ':method': 'POST', ':path': '/' })
+    call.end('a request')
+    while (untaken.length === 0) await new Promise((resolve) => setImmediate(resolve))
+    for (let turns = 0; turns < 10; turns++) await new Promise((resolve) => setImmediate(resolve))
+    expect(closed).toHaveBeenCalledTimes(isOver === 'not' ? 0 : 1)
+
+    stuck.mockRestore()
+    for (const take of untaken) take()
+    expect((await call.toArray()).reduce((sum, chunk) => sum + chunk.length, 0)).toBe(bytes)
+    await expect.poll(() => closed.mock.calls.length).toBe(1)
+    session.destroy()
+  },
+)

@@ -936,6 +936,7 @@ describe('a load behind an answer', () => {
     // It waits for the log first, and then for the tiers, half of the time each.
     await turn()
     expect(tested.postgres.selects.get('a')).toBe(1)
+    tested.clock.nowMs += 50
     vi.advanceTimersByTime(50)
     await selected(tested, 2)
     vi.advanceTimersByTime(50)
@@ -943,7 +944,7 @@ describe('a load behind an answer', () => {
     open()
     await tested.reader.settled()
     expect(tested.metrics).toMatchObject({ refreshesOk: 1, refreshesFailed: 0 })
-    expect(tested.memory.peek(TENANT, 'a')).toMatchObject({ verifiedAtMs: 2000 })
+    expect(tested.memory.peek(TENANT, 'a')).toMatchObject({ verifiedAtMs: 2050 })
   })
 
   test('comes early for a hit whose draw says so, does not take the same copy from Redis, and spoils no hit', async () => {
@@ -983,7 +984,7 @@ describe('a load behind an answer', () => {
       expect(await read(tested)).toMatchObject({ outcome: 'STALE', copy: { revision: 1 } })
       await tested.reader.settled()
     }
-    expect(tested.metrics.refreshesFailed).toBe(1)
+    expect(tested.metrics.refreshesFailed).toBe(3)
     tested.clock.nowMs = 60_001
     await expect(read(tested)).rejects.toMatchObject({ code: 'unavailable' })
   })
@@ -1025,6 +1026,14 @@ describe('an instance to which no notification comes', () => {
     for (const answer of answers) expect(answer).toMatchObject({ outcome: 'HIT', tier: 'memory' })
     expect(polled).toHaveBeenCalledTimes(1)
     expect(tested.postgres.selects.get('a')).toBe(selects)
+    // Who takes no stale answer waits as well; who asks for the database, or for no more than the caches, does not.
+    tested.clock.nowMs += 2000
+    expect(await read(tested, 'a', { freshness: 'CACHE_ONLY' })).toMatchObject({ staleReason: 'UNVERIFIED' })
+    expect(await read(tested, 'b', { freshness: 'FRESH' })).toMatchObject({ outcome: 'BYPASS' })
+    expect(polled).toHaveBeenCalledTimes(1)
+    expect(await read(tested, 'a', { allowStale: false })).toMatchObject({ outcome: 'HIT', tier: 'memory' })
+    expect(polled).toHaveBeenCalledTimes(2)
+    // What has changed meanwhile is loaded.
     tested.clock.nowMs += 2000
     tested.postgres.put('a', [])
     expect(await read(tested, 'a')).toMatchObject({ outcome: 'MISS', copy: { revision: 3 } })

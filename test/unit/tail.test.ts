@@ -134,8 +134,14 @@ describe('who waits until a log is heard of again', () => {
     nowMs = 2000
     expect(view.hasHeard(nowMs)).toBe(false)
     const over: string[] = []
-    const wait = (who: string) => void tail.heardAgain(TENANT, 100).then(() => over.push(who))
-    return { log, view, over, wait, nowMs, [Symbol.asyncDispose]: () => tail[Symbol.asyncDispose]() }
+    /** Says whether the log has been heard of when somebody goes on. */
+    const wait = (who: string) =>
+      void tail.heardAgain(TENANT, 100).then(() => over.push(view.hasHeard(nowMs) ? `${who} knows` : who))
+    const later = () => {
+      nowMs += 2000
+    }
+    const stop = () => tail[Symbol.asyncDispose]()
+    return { log, over, wait, later, stop, [Symbol.asyncDispose]: async () => void stop() }
   }
   test('shares one poll with all others, and goes on when it has been answered', async () => {
     await using stood = await standstill()
@@ -146,8 +152,7 @@ describe('who waits until a log is heard of again', () => {
     expect([stood.log.polls, stood.over]).toEqual([1, []])
     resolve()
     await settled()
-    expect([stood.log.polls, stood.over]).toEqual([1, ['a', 'b']])
-    expect(stood.view.hasHeard(stood.nowMs)).toBe(true)
+    expect([stood.log.polls, stood.over]).toEqual([1, ['a knows', 'b knows']])
   })
 
   test('goes on when the log cannot be read', async () => {
@@ -158,7 +163,7 @@ describe('who waits until a log is heard of again', () => {
     expect(stood.over).toEqual(['a'])
   })
 
-  test('waits for so long from the first one on, and what has arrived by then counts', async () => {
+  test('waits for so long from the first one on, and whoever comes then does not wait until the log has been heard of', async () => {
     await using stood = await standstill()
     const { promise, resolve } = Promise.withResolvers<void>()
     stood.log.ready = promise
@@ -170,29 +175,83 @@ describe('who waits until a log is heard of again', () => {
     vi.advanceTimersByTime(1)
     await settled()
     expect(stood.over).toEqual(['a', 'b'])
-    // Whoever comes now waits anew.
     stood.wait('c')
-    vi.advanceTimersByTime(99)
     await settled()
-    expect(stood.over).toEqual(['a', 'b'])
+    expect(stood.over).toEqual(['a', 'b', 'c'])
     resolve()
+    await settled()
+    // After the next standstill.
+    stood.log.ready = new Promise(() => {})
+    stood.later()
+    stood.wait('d')
     await settled()
     expect(stood.over).toEqual(['a', 'b', 'c'])
   })
+
+  test('knows what has arrived when its time is over', async () => {
+    await using stood = await standstill()
+    const { promise, resolve } = Promise.withResolvers<void>()
+    stood.log.ready = promise
+    stood.wait('a')
+    vi.advanceTimersByTime(100)
+    resolve()
+    await settled()
+    expect(stood.over).toEqual(['a knows'])
+  })
+
+  test('polls again when its process stood still during the poll, too', async () => {
+    await using stood = await standstill()
+    const { promise, resolve } = Promise.withResolvers<void>()
+    stood.log.ready = promise
+    stood.wait('a')
+    await settled()
+    stood.later()
+    resolve()
+    await settled()
+    expect([stood.log.polls, stood.over]).toEqual([2, ['a knows']])
+  })
+
+  test('goes on when the instance is stopped', async () => {
+    await using stood = await standstill()
+    stood.log.ready = new Promise(() => {})
+    stood.wait('a')
+    void stood.stop()
+    await settled()
+    expect(stood.over).toEqual(['a'])
+    vi.advanceTimersByTime(1000)
+  })
 })
 
-test('a poll whose answer has come counts, although this process was too busy to look in time', async () => {
-  const log = new Log()
-  await using tail = await startTail(log, { pollMs: 1e9 })
-  const view = await tail.activated(TENANT)
-  const { promise, resolve } = Promise.withResolvers<void>()
-  log.ready = promise
-  const revision = log.commit({ notify: true })
-  // The time of the poll is over, and its answer is what is read next.
-  vi.advanceTimersByTime(1000)
-  resolve()
-  await settled()
-  expect([view.position, tail.failing]).toEqual([revision, false])
+describe('a poll', () => {
+  async function polling() {
+    const log = new Log()
+    const tail = await startTail(log, { pollMs: 1e9 })
+    const view = await tail.activated(TENANT)
+    const { promise, resolve } = Promise.withResolvers<void>()
+    log.ready = promise
+    const revision = log.commit({ notify: true })
+    await settled()
+    return { tail, view, revision, answer: resolve, [Symbol.asyncDispose]: () => tail[Symbol.asyncDispose]() }
+  }
+
+  test('that is not answered within a second is given up', async () => {
+    await using polled = await polling()
+    vi.advanceTimersByTime(999)
+    await settled()
+    expect(polled.tail.failing).toBe(false)
+    vi.advanceTimersByTime(1)
+    await settled()
+    expect(polled.tail.failing).toBe(true)
+  })
+
+  test('whose answer has come counts, although this process was too busy to look in time', async () => {
+    await using polled = await polling()
+    // The time is over, and the answer is what is read next.
+    vi.advanceTimersByTime(1000)
+    polled.answer()
+    await settled()
+    expect([polled.view.position, polled.tail.failing]).toEqual([polled.revision, false])
+  })
 })
 
 test('a lost notification costs half a second at most', async () => {
