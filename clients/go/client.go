@@ -60,10 +60,6 @@ const (
 	defaultTimeout = time.Second
 	// The largest answer is a batch of 500 items of 256 KiB.
 	maxAnswerBytes = 160 << 20
-	// How much of one answer, and of all together, may be on its way. While gRPC finds that out for itself, it sends a ping with
-	// each answer, which costs the server a quarter of a call that is alone.
-	streamWindow     = 4 << 20
-	connectionWindow = 16 << 20
 	// How long a watch waits for a connection before its call is made nonetheless, which then says what is wrong.
 	readyTimeout = 5 * time.Second
 )
@@ -115,8 +111,6 @@ func Connect(target string, options *Options) (*Client, error) {
 		// One that a resolver finds might retry what must not be.
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswerBytes)),
-		grpc.WithStaticStreamWindowSize(streamWindow),
-		grpc.WithStaticConnWindowSize(connectionWindow),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
 		// gRPC would wait up to two minutes before it tries an instance again that was restarted.
 		grpc.WithConnectParams(grpc.ConnectParams{

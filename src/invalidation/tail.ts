@@ -66,6 +66,7 @@ interface Hearing {
   readonly promise: Promise<void>
   readonly resolve: () => void
   readonly timer: NodeJS.Timeout
+  over: boolean
 }
 
 /** The floors of so many newest rows are set at activation; copies older than these rows are not trusted. */
@@ -212,14 +213,20 @@ export class Tail implements AsyncDisposable {
 
   /**
    * Polls a tenant whose log has not been heard of lately. Resolves when it has been, when it cannot be read, or when
-   * `withinMs` are over since the first who waits has come: all wait together, and after that nobody, until it is heard of.
+   * `withinMs` are over since the first who waits has come: all wait together. `undefined`: that is so already, until it is heard of.
    */
-  heardAgain(tenant: string, withinMs: number): Promise<void> {
+  heardAgain(tenant: string, withinMs: number): Promise<void> | undefined {
     const tailed = this.#tenants.get(tenant)
-    if (tailed === undefined || this.#closed) return Promise.resolve()
+    if (tailed === undefined || this.#closed || tailed.hearing?.over) return undefined
     if (tailed.hearing !== undefined) return tailed.hearing.promise
     const { promise, resolve } = Promise.withResolvers<void>()
-    tailed.hearing = { promise, resolve, timer: afterSilence(withinMs, resolve) }
+    const hearing: Hearing = {
+      promise,
+      resolve,
+      timer: afterSilence(withinMs, () => end(hearing)),
+      over: false,
+    }
+    tailed.hearing = hearing
     this.#notified.add(tenant)
     this.#poll()
     return promise
@@ -239,7 +246,7 @@ export class Tail implements AsyncDisposable {
     this.#closed = true
     clearInterval(this.#timer)
     clearTimeout(this.#hotTimer)
-    for (const tailed of this.#tenants.values()) endHearing(tailed)
+    for (const { hearing } of this.#tenants.values()) if (hearing !== undefined) end(hearing)
     await this.#listening?.[Symbol.asyncDispose]()
     await this.#polling
   }
@@ -356,14 +363,14 @@ export class Tail implements AsyncDisposable {
         this.#notified = new Set()
         for (let i = 0; i < tenants.length; i += POLL_TENANTS) {
           await this.#pollTenants(tenants.slice(i, i + POLL_TENANTS))
+          if (this.#failing) log.info('the log is followed again')
+          this.#failing = false
         }
       }
-      if (this.#failing) log.info('the log is followed again')
-      this.#failing = false
     } catch (error) {
       if (!this.#failing) log.warn({ err: error }, 'the log cannot be read: copies are not called current')
       this.#failing = true
-      for (const { hearing } of this.#tenants.values()) hearing?.resolve()
+      for (const { hearing } of this.#tenants.values()) if (hearing !== undefined) end(hearing)
     }
   }
 
@@ -453,9 +460,13 @@ export class Tail implements AsyncDisposable {
   #hear(tenant: string, tailed: Tailed, sentAtMs: number): void {
     tailed.view.heard(sentAtMs)
     if (tailed.hearing === undefined) return
-    if (tailed.view.hasHeard(this.#options.now())) endHearing(tailed)
-    // This process stood still during the poll.
-    else this.#notified.add(tenant)
+    if (tailed.view.hasHeard(this.#options.now())) {
+      end(tailed.hearing)
+      tailed.hearing = undefined
+    } else {
+      // This process stood still during the poll.
+      this.#notified.add(tenant)
+    }
   }
 
   #wake({ view, waiting }: Tailed): void {
@@ -501,10 +512,10 @@ export async function untilAborted<T>(promise: Promise<T>, signal: Ending): Prom
   }
 }
 
-function endHearing(tailed: Tailed): void {
-  clearTimeout(tailed.hearing?.timer)
-  tailed.hearing?.resolve()
-  tailed.hearing = undefined
+function end(hearing: Hearing): void {
+  clearTimeout(hearing.timer)
+  hearing.over = true
+  hearing.resolve()
 }
 
 /** What `AbortSignal.timeout` gives for a reason. */

@@ -105,7 +105,7 @@ export class DirectCall {
 
   /**
    * Calls back when the socket has taken the answer, or never will; of one that weighs nothing, when it has been passed on to the
-   * socket. False when that is so already.
+   * socket, so that nobody waits for a caller who does not read. False when that is so already.
    */
   whenClosed(then: () => void): boolean {
     if (this.#stream.destroyed) return false

@@ -5,7 +5,10 @@ import type { DirectCall } from './direct-call.ts'
 import type { Reply } from './service-definition.ts'
 import { Framed } from './wire.ts'
 
-/** A smaller answer is neither counted nor refused: there are hardly more of them than calls, a socket's write for each connection. */
+/**
+ * A smaller answer is neither counted nor refused: there are no more of them than calls, and what the sockets have not taken, of each
+ * connection no more than it may have calls at once.
+ */
 const SMALL_BYTES = 4096
 
 /** What the answer of a call counts; one of many in a stream counts all of it. */

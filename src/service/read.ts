@@ -254,15 +254,16 @@ export class Reader {
       const view = isCached ? this.#parts.tail.view(tenant) : undefined
       if (isCached && view === undefined) {
         await this.#activated(tenant, options, signal)
-        // Another caller may have waited for the same, and memory have the item since.
-        hit = this.#hit(tenant, id, options, this.#parts.tail.view(tenant), this.#options.now(), load)
+        hit = this.#lookAgain(tenant, id, options, load)
       } else if (view !== undefined && this.#isUnheard(tenant, id, options, view)) {
-        const heard = () =>
-          untilAborted(this.#parts.tail.heardAgain(tenant, Math.min(softMs / 2, HEARING_MS)), signal)
-        await walked('postgres.log', options, heard)
-        const nowMs = this.#options.now()
-        hit = this.#hit(tenant, id, options, this.#parts.tail.view(tenant), nowMs, load)
-        softMs = Math.max(0, softMs - (nowMs - startedMs))
+        const waitMs = Math.min(softMs / 2, HEARING_MS)
+        const heard = this.#parts.tail.heardAgain(tenant, waitMs)
+        if (heard !== undefined) {
+          await walked('postgres.log', options, () => untilAborted(heard, signal))
+          hit = this.#lookAgain(tenant, id, options, load)
+          // However long it was: nobody is to blame for what kept this process from running.
+          softMs -= Math.min(waitMs, this.#options.now() - startedMs)
+        }
       }
       const answer = hit ?? (await this.#fromBelow(tenant, id, options, signal, load, isCached, softMs))
       const latency = isCached ? metrics.cachedReads : metrics.bypassedReads
@@ -331,6 +332,16 @@ export class Reader {
     return answer
   }
 
+  /** Memory's answer for a read that is counted as a miss, since more was to be known of the log first. */
+  #lookAgain(tenant: string, id: string, options: ReadOptions, load: Load | undefined): Answer | undefined {
+    const { memory, tail } = this.#parts
+    const view = tail.view(tenant)
+    if (view === undefined || options.freshness === 'FRESH' || !memory.enabled) return undefined
+    const now = this.#options.now()
+    const copy = memory.get(tenant, id, now)
+    return copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, now, load)
+  }
+
   /** Nothing that is cached may be served before the tenant's log is known. If that fails, a SELECT may still succeed. */
   async #activated(tenant: string, options: ReadOptions, signal: Ending): Promise<void> {
     const activated = walked('postgres.log', options, () => this.#parts.tail.activated(tenant, signal)).catch(
@@ -351,9 +362,10 @@ export class Reader {
     const { tail, memory } = this.#parts
     if (options.freshness !== 'DEFAULT' || tail.failing || view.hasHeard(now)) return false
     const copy = memory.peek(tenant, id)
-    return (
-      copy !== undefined && this.#servable(stamp(view, copy), view.judge(copy), options, now) !== undefined
-    )
+    if (copy === undefined) return false
+    const verdict = view.judge(copy)
+    const judged = verdict === 'current' ? stamp(view, copy) : copy
+    return this.#servable(judged, verdict, options, now) !== undefined
   }
 
   /** The answer of the tiers below memory; for a key outside the share that goes through the caches PostgreSQL's own. */

@@ -1022,10 +1022,15 @@ describe('an instance to which no notification comes', () => {
     await tested.reader.settled()
     tested.clock.nowMs += 2000
     const selects = tested.postgres.selects.get('a')
+    const { hits, misses } = tested.metrics.tiers.memory
+    const measured = tested.metrics.cachedReads.count
     const answers = await Promise.all([read(tested, 'a'), read(tested, 'a'), read(tested, 'b')])
     for (const answer of answers) expect(answer).toMatchObject({ outcome: 'HIT', tier: 'memory' })
     expect(polled).toHaveBeenCalledTimes(1)
     expect(tested.postgres.selects.get('a')).toBe(selects)
+    // Memory could not answer at first. Each is one read all the same.
+    expect(tested.metrics.tiers.memory).toMatchObject({ hits, misses: misses + 3 })
+    expect(tested.metrics.cachedReads.count).toBe(measured + 3)
     // Who takes no stale answer waits as well; who asks for the database, or for no more than the caches, does not.
     tested.clock.nowMs += 2000
     expect(await read(tested, 'a', { freshness: 'CACHE_ONLY' })).toMatchObject({ staleReason: 'UNVERIFIED' })
@@ -1037,6 +1042,37 @@ describe('an instance to which no notification comes', () => {
     tested.clock.nowMs += 2000
     tested.postgres.put('a', [])
     expect(await read(tested, 'a')).toMatchObject({ outcome: 'MISS', copy: { revision: 3 } })
+  })
+
+  test('waits for the log for 50 ms, and then for the tiers with what is left, however long it was kept from running', async () => {
+    let shut = false
+    const opened = Promise.withResolvers<void>()
+    const tested = instance(
+      async (what) => {
+        if (what === 'notification') await new Promise(() => {})
+        if (shut && /^(rows|poll)/.test(what)) await opened.promise
+      },
+      { settings: { softTimeoutMs: 1000 } },
+    )
+    await using _tail = tested.tail
+    tested.postgres.put('a', [])
+    await read(tested, 'a')
+    await tested.reader.settled()
+    tested.clock.nowMs += 2000
+    shut = true
+    const answered = vi.fn()
+    const reading = read(tested, 'a').finally(answered)
+    vi.advanceTimersByTime(49)
+    await turn()
+    expect(tested.postgres.selects.get('a')).toBe(1)
+    tested.clock.nowMs += 5000
+    vi.advanceTimersByTime(1)
+    while (tested.postgres.selects.get('a') === 1) await turn()
+    vi.advanceTimersByTime(949)
+    await turn()
+    expect(answered).not.toHaveBeenCalled()
+    opened.resolve()
+    expect(await reading).toMatchObject({ outcome: 'MISS', tier: 'postgres' })
   })
 
   test('serves what it has for as long as it may, and then asks the database', async () => {

@@ -136,12 +136,14 @@ describe('who waits until a log is heard of again', () => {
     const over: string[] = []
     /** Says whether the log has been heard of when somebody goes on. */
     const wait = (who: string) =>
-      void tail.heardAgain(TENANT, 100).then(() => over.push(view.hasHeard(nowMs) ? `${who} knows` : who))
+      void (tail.heardAgain(TENANT, 100) ?? Promise.resolve()).then(() =>
+        over.push(view.hasHeard(nowMs) ? `${who} knows` : who),
+      )
     const later = () => {
       nowMs += 2000
     }
     const stop = () => tail[Symbol.asyncDispose]()
-    return { log, over, wait, later, stop, [Symbol.asyncDispose]: async () => void stop() }
+    return { log, tail, over, wait, later, stop, [Symbol.asyncDispose]: async () => void stop() }
   }
   test('shares one poll with all others, and goes on when it has been answered', async () => {
     await using stood = await standstill()
@@ -178,6 +180,7 @@ describe('who waits until a log is heard of again', () => {
     stood.wait('c')
     await settled()
     expect(stood.over).toEqual(['a', 'b', 'c'])
+    expect(stood.tail.heardAgain(TENANT, 100)).toBeUndefined()
     resolve()
     await settled()
     // After the next standstill.
