@@ -254,7 +254,8 @@ export class Reader {
       const view = isCached ? this.#parts.tail.view(tenant) : undefined
       if (isCached && view === undefined) {
         await this.#activated(tenant, options, signal)
-        hit = this.#lookAgain(tenant, id, options, load)
+        // Another caller may have waited for the same, and memory have the item since.
+        hit = this.#hit(tenant, id, options, this.#parts.tail.view(tenant), this.#options.now(), load)
       } else if (view !== undefined && this.#isUnheard(tenant, id, options, view)) {
         const waitMs = Math.min(softMs / 2, HEARING_MS)
         const heard = this.#parts.tail.heardAgain(tenant, waitMs)
@@ -332,11 +333,11 @@ export class Reader {
     return answer
   }
 
-  /** Memory's answer for a read that is counted as a miss, since more was to be known of the log first. */
+  /** Memory's answer for a read that counts as a miss of it, since the log had to be heard of first. */
   #lookAgain(tenant: string, id: string, options: ReadOptions, load: Load | undefined): Answer | undefined {
     const { memory, tail } = this.#parts
     const view = tail.view(tenant)
-    if (view === undefined || options.freshness === 'FRESH' || !memory.enabled) return undefined
+    if (view === undefined) return undefined
     const now = this.#options.now()
     const copy = memory.get(tenant, id, now)
     return copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, now, load)
