@@ -246,7 +246,7 @@ export class Tail implements AsyncDisposable {
     this.#closed = true
     clearInterval(this.#timer)
     clearTimeout(this.#hotTimer)
-    for (const { hearing } of this.#tenants.values()) if (hearing !== undefined) end(hearing)
+    this.#endHearings()
     await this.#listening?.[Symbol.asyncDispose]()
     await this.#polling
   }
@@ -370,8 +370,12 @@ export class Tail implements AsyncDisposable {
     } catch (error) {
       if (!this.#failing) log.warn({ err: error }, 'the log cannot be read: copies are not called current')
       this.#failing = true
-      for (const { hearing } of this.#tenants.values()) if (hearing !== undefined) end(hearing)
+      this.#endHearings()
     }
+  }
+
+  #endHearings(): void {
+    for (const { hearing } of this.#tenants.values()) if (hearing !== undefined) end(hearing)
   }
 
   async #pollTenants(tenants: readonly string[]): Promise<void> {

@@ -9,6 +9,7 @@ import { randomUUID } from 'node:crypto'
 import { ItemCacheError } from '../errors.ts'
 import type { Trace } from '../observe/tracing.ts'
 import type { Copy, SkipReason, Snapshot, TierName, TierSpan } from '../tiers/tier.ts'
+import { PassingMap } from './passing-map.ts'
 
 /** A tier that could not be asked. */
 export interface Skipped {
@@ -192,7 +193,7 @@ interface Boarding {
 
 /** All flights of one instance. */
 export class Flights {
-  readonly #under = { cached: new Map<string, Flight>(), direct: new Map<string, Flight>() }
+  readonly #under = { cached: new PassingMap<Flight>(), direct: new PassingMap<Flight>() }
   readonly #depart: (group: Group) => void
   readonly #maxFlights: number
   #boarding: Boarding[] = []

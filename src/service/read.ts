@@ -106,6 +106,18 @@ export interface ReaderParts extends LoaderParts {
   readonly tracing?: Tracing | undefined
 }
 
+/** A read that memory could not answer. */
+interface Reading {
+  readonly tenant: string
+  readonly id: string
+  readonly options: ReadOptions
+  readonly signal: Ending
+  /** `undefined` for an item. */
+  readonly load: Load | undefined
+  /** While it has a stale copy to fall back on it waits this long for a better one. */
+  softMs: number
+}
+
 const NOTHING_SKIPPED: readonly Skipped[] = []
 
 /** A read does not wait longer for the log to be heard of again. */
@@ -248,8 +260,8 @@ export class Reader {
     const { metrics } = this.#parts
     const startedMs = this.#options.now()
     const isCached = this.#loader.isCached(tenant, id)
+    const reading: Reading = { tenant, id, options, signal, load, softMs: this.#options.softTimeoutMs }
     try {
-      let softMs = this.#options.softTimeoutMs
       let hit: Answer | undefined
       const view = isCached ? this.#parts.tail.view(tenant) : undefined
       if (isCached && view === undefined) {
@@ -257,16 +269,18 @@ export class Reader {
         // Another caller may have waited for the same, and memory have the item since.
         hit = this.#hit(tenant, id, options, this.#parts.tail.view(tenant), this.#options.now(), load)
       } else if (view !== undefined && this.#isUnheard(tenant, id, options, view)) {
-        const waitMs = Math.min(softMs / 2, HEARING_MS)
+        const waitMs = Math.min(reading.softMs / 2, HEARING_MS)
         const heard = this.#parts.tail.heardAgain(tenant, waitMs)
         if (heard !== undefined) {
           await walked('postgres.log', options, () => untilAborted(heard, signal))
-          hit = this.#lookAgain(tenant, id, options, load)
+          // Not `#hit`: this look-up has counted as a miss of memory.
+          const heardView = this.#parts.tail.view(tenant)
+          hit = heardView && this.#look(tenant, id, options, heardView, this.#options.now(), load)
           // However long it was: nobody is to blame for what kept this process from running.
-          softMs -= Math.min(waitMs, this.#options.now() - startedMs)
+          reading.softMs -= Math.min(waitMs, this.#options.now() - startedMs)
         }
       }
-      const answer = hit ?? (await this.#fromBelow(tenant, id, options, signal, load, isCached, softMs))
+      const answer = hit ?? (await this.#fromBelow(reading, isCached))
       const latency = isCached ? metrics.cachedReads : metrics.bypassedReads
       latency.record(this.#options.now() - startedMs)
       return answer
@@ -324,22 +338,23 @@ export class Reader {
       return undefined
     }
     if (view === undefined) return undefined
-    const copy = memory.get(tenant, id, nowMs)
-    const answer =
-      copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, nowMs, load)
+    const answer = this.#look(tenant, id, options, view, nowMs, load)
     options.trace?.looked(answer?.outcome)
     if (answer === undefined) metrics.tiers.memory.misses++
     else metrics.tiers.memory.hits++
     return answer
   }
 
-  /** Memory's answer for a read that counts as a miss of it, since the log had to be heard of first. */
-  #lookAgain(tenant: string, id: string, options: ReadOptions, load: Load | undefined): Answer | undefined {
-    const { memory, tail } = this.#parts
-    const view = tail.view(tenant)
-    if (view === undefined) return undefined
-    const now = this.#options.now()
-    const copy = memory.get(tenant, id, now)
+  /** Memory's answer, without counting who asks for it. */
+  #look(
+    tenant: string,
+    id: string,
+    options: ReadOptions,
+    view: View,
+    now: number,
+    load: Load | undefined,
+  ): Answer | undefined {
+    const copy = this.#parts.memory.get(tenant, id, now)
     return copy && this.#serve(tenant, view, copy, 'memory', options, false, NOTHING_SKIPPED, now, load)
   }
 
@@ -370,22 +385,12 @@ export class Reader {
   }
 
   /** The answer of the tiers below memory; for a key outside the share that goes through the caches PostgreSQL's own. */
-  #fromBelow(
-    tenant: string,
-    id: string,
-    options: ReadOptions,
-    signal: Ending,
-    load: Load | undefined,
-    isCached: boolean,
-    softMs: number,
-  ): Promise<Answer> {
+  #fromBelow(reading: Reading, isCached: boolean): Promise<Answer> {
+    const { options } = reading
     if (options.freshness === 'CACHE_ONLY') {
-      return isCached
-        ? this.#fromRedisOnly(tenant, id, options, signal)
-        : Promise.resolve(this.#nothing(NOTHING_SKIPPED))
+      return isCached ? this.#fromRedisOnly(reading) : Promise.resolve(this.#nothing(NOTHING_SKIPPED))
     }
-    const asked: ReadOptions = isCached ? options : { ...options, freshness: 'FRESH' }
-    return this.#fromFlight(tenant, id, asked, signal, load, softMs)
+    return this.#fromFlight(isCached ? reading : { ...reading, options: { ...options, freshness: 'FRESH' } })
   }
 
   /** The answer that a copy allows, or `undefined` when it is not good enough for the reader. */
@@ -438,7 +443,7 @@ export class Reader {
     return copy
   }
 
-  async #fromRedisOnly(tenant: string, id: string, options: ReadOptions, signal: Ending): Promise<Answer> {
+  async #fromRedisOnly({ tenant, id, options, signal }: Reading): Promise<Answer> {
     using asking = this.#loader.walkOfRedis('redis.read', [options], 1)
     const answer = await untilAborted(this.#loader.readRedis(tenant, [id]), signal)
     const skipped = this.#loader.skipped(answer.skipped)
@@ -478,21 +483,15 @@ export class Reader {
     }
   }
 
-  async #fromFlight(
-    tenant: string,
-    id: string,
-    options: ReadOptions,
-    signal: Ending,
-    load: Load | undefined,
-    softMs: number,
-  ): Promise<Answer> {
+  async #fromFlight(reading: Reading): Promise<Answer> {
+    const { tenant, id, options, load } = reading
     const began = this.#loader.tick()
     const fresh = options.freshness === 'FRESH' || options.maxStalenessMs === 0
     let route: Route = fresh ? 'direct' : 'cached'
     for (;;) {
       const { flight, joined } = this.#flights.join(tenant, id, route, { load })
       if (options.trace !== undefined) show(options.trace, flight, route, joined)
-      const landed = await this.#patiently(tenant, flight, options, signal, joined, softMs)
+      const landed = await this.#patiently(reading, flight, joined)
       if ('outcome' in landed) return landed
       const { copy, tier, skipped, sentAt } = landed
       const answer = (outcome: Outcome): Answer => {
@@ -532,12 +531,9 @@ export class Reader {
    * takes longer than `softMs`; then it goes on for the others.
    */
   async #patiently(
-    tenant: string,
+    { tenant, options, signal, softMs }: Reading,
     flight: Flight,
-    options: ReadOptions,
-    signal: Ending,
     joined: boolean,
-    softMs: number,
   ): Promise<Landed | Answer> {
     const { promise } = flight.result
     const mayBeStale = options.allowStale && options.freshness !== 'FRESH'

@@ -5,6 +5,7 @@ import {
   createServer,
   type IncomingHttpHeaders,
   type ServerHttp2Stream,
+  type Settings,
 } from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import { duplexPair } from 'node:stream'
@@ -55,6 +56,22 @@ async function answered(answer: Framed, windowBytes: number) {
   const stream = await taken.promise
   const running = started.move()
   return { call, stream, [Symbol.asyncDispose]: () => running.disposeAsync() }
+}
+
+/** A session over a socket that is at hand, with a server that answers each call when its request is there. */
+async function session(answer: Framed, whenClosed: () => void = () => undefined, settings: Settings = {}) {
+  const [near, far] = duplexPair()
+  const server = createServer()
+  server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
+    const direct = directCall(stream, headers)
+    stream.on('data', () => undefined).once('end', () => direct.reply(answer))
+    direct.whenClosed(whenClosed)
+    stream.once('close', () => direct.closed())
+  })
+  server.emit('connection', far)
+  const caller = connect('http://here', { createConnection: () => near, settings })
+  await once(caller, 'remoteSettings')
+  return { caller, socket: far, [Symbol.dispose]: () => caller.destroy() }
 }
 
 test('a lent buffer is given back when the caller has all of the answer', async () => {
@@ -121,21 +138,13 @@ test('a call whose lent answer was broken off still has what may come back to it
 })
 
 test('an answer, its end and its trailers leave in one write', async () => {
-  const [near, far] = duplexPair()
-  const server = createServer()
-  server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
-    const direct = directCall(stream, headers)
-    stream.on('data', () => undefined).once('end', () => direct.reply(new Framed(Buffer.from('an answer'))))
-    stream.once('close', () => direct.closed())
-  })
-  server.emit('connection', far)
-  const session = connect('http://here', { createConnection: () => near })
-  await once(session, 'remoteSettings')
+  using open = await session(new Framed(Buffer.from('an answer')))
+  const { caller, socket } = open
   const writes: number[] = []
   for (let n = 0; n < 3; n++) {
     // Node corks a stream that is not a socket for what would be one write of several buffers.
-    const writev = vi.spyOn(far, 'cork')
-    const call = session.request({ ':method': 'POST', ':path': '/' })
+    const writev = vi.spyOn(socket, 'cork')
+    const call = caller.request({ ':method': 'POST', ':path': '/' })
     const trailers = once(call, 'trailers')
     call.end('a request')
     expect(Buffer.concat(await call.toArray()).toString()).toBe('an answer')
@@ -144,7 +153,6 @@ test('an answer, its end and its trailers leave in one write', async () => {
     writes.push(writev.mock.calls.length)
     writev.mockRestore()
   }
-  session.destroy()
   // The first call shows what Node makes of the trailers, and the settings of both sides are under way.
   expect(writes.slice(1)).toEqual([1, 1])
 })
@@ -155,29 +163,20 @@ test.each([
 ])(
   'while the socket has not taken an answer of $bytes bytes its call is $isOver over',
   async ({ bytes, isOver }) => {
-    const [near, far] = duplexPair()
-    const server = createServer()
     const closed = vi.fn()
-    server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
-      const direct = directCall(stream, headers)
-      stream.on('data', () => undefined).once('end', () => direct.reply(new Framed(Buffer.alloc(bytes))))
-      direct.whenClosed(closed)
-      stream.once('close', () => direct.closed())
-    })
-    server.emit('connection', far)
     const wide = { initialWindowSize: 2 ** 31 - 1 }
-    const session = connect('http://here', { createConnection: () => near, settings: wide })
-    session.setLocalWindowSize(2 ** 31 - 1)
-    await once(session, 'remoteSettings')
-    await new Promise<void>((resolve) => session.ping(() => resolve()))
+    using open = await session(new Framed(Buffer.alloc(bytes)), closed, wide)
+    const { caller, socket } = open
+    caller.setLocalWindowSize(2 ** 31 - 1)
+    await new Promise<void>((resolve) => caller.ping(() => resolve()))
 
     // What the server writes from now on its socket does not take.
-    const write = far._write.bind(far)
+    const write = socket._write.bind(socket)
     const untaken: (() => void)[] = []
-    const stuck = vi.spyOn(far, '_write').mockImplementation((...args) => {
+    const stuck = vi.spyOn(socket, '_write').mockImplementation((...args) => {
       untaken.push(() => write(...args))
     })
-    const call = session.request({ ':method': 'POST', ':path': '/' })
+    const call = caller.request({ ':method': 'POST', ':path': '/' })
     call.end('a request')
     while (untaken.length === 0) await new Promise((resolve) => setImmediate(resolve))
     for (let turns = 0; turns < 10; turns++) await new Promise((resolve) => setImmediate(resolve))
@@ -187,6 +186,5 @@ test.each([
     for (const take of untaken) take()
     expect((await call.toArray()).reduce((sum, chunk) => sum + chunk.length, 0)).toBe(bytes)
     await expect.poll(() => closed.mock.calls.length).toBe(1)
-    session.destroy()
   },
 )

@@ -145,6 +145,7 @@ describe('who waits until a log is heard of again', () => {
     const stop = () => tail[Symbol.asyncDispose]()
     return { log, tail, over, wait, later, stop, [Symbol.asyncDispose]: async () => void stop() }
   }
+
   test('shares one poll with all others, and goes on when it has been answered', async () => {
     await using stood = await standstill()
     const { promise, resolve } = Promise.withResolvers<void>()
