@@ -44,7 +44,7 @@ const WITH_TRAILERS = { waitForTrailers: true, sendDate: false }
 
 /** One call. It is answered once, by `reply` or by any number of `write` and `refuse`: what comes afterwards is ignored. */
 export class DirectCall {
-  metadata: CallHeaders
+  readonly metadata: CallHeaders
   /** The decoded message. */
   request: unknown
   /** The caller went away before it was answered. */
@@ -152,10 +152,6 @@ export class DirectCall {
       this.#answered = true
       this.cancelled = true
       for (const tell of this.#whenCancelled ?? []) tell()
-    } else {
-      // Node may keep a stream that is closed, and the call with it, until the next full collection: but not what it asked for.
-      this.request = undefined
-      this.metadata = NO_HEADERS
     }
     for (const tell of this.#whenClosed ?? []) tell()
     this.#whenCancelled = undefined
@@ -309,7 +305,6 @@ export class CallHeaders {
 }
 
 const NO_VALUES: readonly string[] = []
-const NO_HEADERS = new CallHeaders({})
 const NOTHING = Buffer.alloc(0)
 
 const notOneMessage = (what: string) =>

@@ -166,14 +166,6 @@ export class MemoryTier implements CacheTier {
     return this.#copies.delete(id, tenant)
   }
 
-  /** Drops the copies of all tenants. */
-  clear(): void {
-    this.#copies.clear()
-    this.#records.clear()
-    this.#tagLists.clear()
-    this.#found = undefined
-  }
-
   /**
    * Runs a section while no other section of the tenant runs, in the order of the calls, and answers or throws what
    * it does. Sections of different tenants run side by side. A section must not wait for another of the same tenant:

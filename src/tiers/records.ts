@@ -8,7 +8,7 @@
  * Rumble, Kejriwal, Ousterhout: Log-structured Memory for DRAM-based Storage, FAST 2014.
  *
  * Records move, so they go by a handle: a number that is theirs until they are freed. What `segment` and `at` say is good until the
- * next `allocate` or `clear`, or until the record is freed.
+ * next `allocate`, or until the record is freed.
  */
 
 const SEGMENT_BYTES = 2 ** 18
@@ -56,10 +56,10 @@ class Segment {
 // Handles come from `allocate`, and what they index is there: that is what `as` says below.
 export class Records {
   /** By number; those that were given back are `undefined`, and their numbers free. */
-  #segments: (Segment | undefined)[] = []
-  #freeNumbers: number[] = []
+  readonly #segments: (Segment | undefined)[] = []
+  readonly #freeNumbers: number[] = []
   /** The numbers of those that are not one large record's, in any order. */
-  #shared: number[] = []
+  readonly #shared: number[] = []
   /** The number of the segment that is being filled. */
   #head = NONE
   /** One that was given back: most often another one is wanted soon. */
@@ -68,7 +68,7 @@ export class Records {
   #segmentOf = new Uint32Array(FIRST_CAPACITY)
   #offsetOf = new Uint32Array(FIRST_CAPACITY)
   #handles = 0
-  #freeHandles: number[] = []
+  readonly #freeHandles: number[] = []
   #live = 0
   #allocated = 0
 
@@ -108,21 +108,6 @@ export class Records {
     this.#live -= size
     segment.live -= size
     if (segment.live === 0 && number !== this.#head) this.#close(number)
-  }
-
-  /** Frees all, and gives the memory back. */
-  clear(): void {
-    this.#segments = []
-    this.#freeNumbers = []
-    this.#shared = []
-    this.#head = NONE
-    this.#spare = undefined
-    this.#segmentOf = new Uint32Array(FIRST_CAPACITY)
-    this.#offsetOf = new Uint32Array(FIRST_CAPACITY)
-    this.#handles = 0
-    this.#freeHandles = []
-    this.#live = 0
-    this.#allocated = 0
   }
 
   /** Where a record's bytes are. */

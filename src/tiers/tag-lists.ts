@@ -13,9 +13,9 @@ const NO_TAGS: TagList = { tags: [], key: '', number: 0, users: 0 }
 const MAX_SHARED = 2 ** 24 - 1
 
 export class TagLists {
-  #byNumber: (TagList | undefined)[] = [NO_TAGS]
+  readonly #byNumber: (TagList | undefined)[] = [NO_TAGS]
   readonly #byKey = new Map<string, TagList>()
-  #freeNumbers: number[] = []
+  readonly #freeNumbers: number[] = []
 
   /** How many lists are held, without that of no tags. */
   get size(): number {
@@ -50,12 +50,6 @@ export class TagLists {
 
   of(number: number): readonly string[] {
     return this.#list(number).tags
-  }
-
-  clear(): void {
-    this.#byNumber = [NO_TAGS]
-    this.#freeNumbers = []
-    this.#byKey.clear()
   }
 
   #list(number: number): TagList {

@@ -44,13 +44,6 @@ class Filled {
     while (this.size > 0) this.free(0)
   }
 
-  clear(): void {
-    this.records.clear()
-    this.#lengths.clear()
-    this.#handles = []
-    this.#live = 0
-  }
-
   /** More than this is not allocated for long. */
   get most(): number {
     return this.#live * (1 + MAX_EMPTY) + 2 * SEGMENT_BYTES
@@ -174,13 +167,4 @@ test('large records take no more than they are', () => {
   expect(records.allocated).toBe(50 * Records.sizeOf(100_000))
   for (const handle of handles) records.free(handle)
   expect(records.allocated).toBe(0)
-})
-
-test('clearing gives everything back, and records can be allocated anew', () => {
-  const filled = new Filled()
-  for (let i = 0; i < 2_000; i++) filled.allocate(200)
-  filled.clear()
-  expect([filled.records.live, filled.records.allocated]).toEqual([0, 0])
-  for (let i = 0; i < 3_000; i++) filled.allocate(i)
-  filled.check()
 })
