@@ -1,7 +1,7 @@
 /**
- * A map whose values come and go all the time. V8 replaces the table of a `Map` every so many additions, and leaves in the old one what
- * was held then. Once such a table is in the old generation, as those of a long-lived `Map` are, the values in it outlive every young
- * collection, however short they were (docs/performance.md#what-garbage-collection-costs). Here the `Map` knows their places only.
+ * A map whose values come and go all the time. In a long-lived `Map` some of them would outlive every young collection, however
+ * short they were (docs/performance.md#what-garbage-collection-costs). Here the `Map` has numbers for values: of their places in a list.
+ * What outlives young collections are keys.
  */
 export class PassingMap<V> {
   readonly #places = new Map<string, number>()

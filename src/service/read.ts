@@ -106,7 +106,7 @@ export interface ReaderParts extends LoaderParts {
   readonly tracing?: Tracing | undefined
 }
 
-/** A read that memory could not answer. */
+/** A read that memory could not answer, or was not asked for. */
 interface Reading {
   readonly tenant: string
   readonly id: string
@@ -273,7 +273,7 @@ export class Reader {
         const heard = this.#parts.tail.heardAgain(tenant, waitMs)
         if (heard !== undefined) {
           await walked('postgres.log', options, () => untilAborted(heard, signal))
-          // Not `#hit`: this look-up has counted as a miss of memory.
+          // Not `#hit`: the look-up before has counted as a miss of memory.
           const heardView = this.#parts.tail.view(tenant)
           hit = heardView && this.#look(tenant, id, options, heardView, this.#options.now(), load)
           // However long it was: nobody is to blame for what kept this process from running.
@@ -345,7 +345,7 @@ export class Reader {
     return answer
   }
 
-  /** Memory's answer, without counting who asks for it. */
+  /** Memory's answer. Whether it is a hit of the tier or a miss, the caller counts. */
   #look(
     tenant: string,
     id: string,
