@@ -170,9 +170,14 @@ export class View {
     return this.#heardMs
   }
 
+  /** Whether no floor is above this as-of, so that `judge` calls every copy of it current. */
+  isReachedBy(asOf: number): boolean {
+    return asOf >= this.#highest
+  }
+
   /** The rule, but for heard: what the floors say of a copy. */
   judge({ id, asOf, tags }: Dated): Verdict {
-    if (asOf >= this.#highest) return 'current'
+    if (this.isReachedBy(asOf)) return 'current'
     const tenant = this.#tenant
     let { changed, expired, removed } = tenant
     const key = this.#keys.get(id)

@@ -82,7 +82,7 @@ export interface Answer {
  * `bounds[2 * n + 1]`.
  */
 export interface AsciiIds {
-  readonly bytes: Uint8Array
+  readonly bytes: Buffer
   readonly bounds: Uint32Array
   readonly length: number
 }
@@ -172,10 +172,14 @@ export class Reader {
     if (view === undefined || !memory.enabled || !this.#loader.cachesAll || !view.hasHeard(startedMs))
       return copies
     while (copies.length < length) {
-      const at = 2 * copies.length
-      const found = memory.findAscii(tenant, bytes, bounds[at] as number, bounds[at + 1] as number, startedMs)
+      const from = bounds[2 * copies.length] as number
+      const to = bounds[2 * copies.length + 1] as number
+      const found = memory.findAscii(tenant, bytes, from, to, startedMs)
       if (found?.bytes === undefined || startedMs >= found.freshUntilMs) break
-      if (view.judge(found) !== 'current') break
+      if (!view.isReachedBy(found.asOf)) {
+        const id = bytes.toString('latin1', from, to)
+        if (view.judge({ ...found, id }) !== 'current') break
+      }
       memory.foundIsHit()
       const copy = this.#passed(view, found, 'memory')
       this.#parts.probe.served(tenant, copy, view)

@@ -109,7 +109,10 @@ export class MemoryTier implements CacheTier {
     return record === undefined ? undefined : this.#take(record, id)
   }
 
-  /** The copy of an id of which all characters are ASCII, from where it lies in `bytes`. As `peek`, until `foundIsHit`. */
+  /**
+   * The copy of an id of which all characters are ASCII, from where it lies in `bytes`. As `peek`, until `foundIsHit`. Its id
+   * is memory's own string, which no `Map` should be asked for (see `untabled`).
+   */
   findAscii(tenant: string, bytes: Uint8Array, from: number, to: number, nowMs: number): Copy | undefined {
     const record = this.#copies.findAscii(bytes, from, to, tenant, nowMs)
     return record === undefined ? undefined : this.#take(record, this.#copies.foundKey)
@@ -136,7 +139,7 @@ export class MemoryTier implements CacheTier {
     const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + hardMs)
     const record = this.#add(copy)
     const isStored = this.#copies.set(
-      copy.id,
+      untabled(copy.id),
       record,
       costOf(tenant, copy),
       copy.freshUntilMs,
@@ -288,6 +291,14 @@ export class MemoryTier implements CacheTier {
     const heldAsOf = floats[at + AS_OF] as number
     return heldAsOf > asOf || (heldAsOf === asOf && (floats[at + VERIFIED_AT] as number) > verifiedAtMs)
   }
+}
+
+/**
+ * The same text in a string of its own. V8 makes every string that a `Map` was asked for a reference to one in its table of strings, and
+ * walks through all of that table in the pause of each full collection (docs/performance.md#what-garbage-collection-costs).
+ */
+function untabled(text: string): string {
+  return Buffer.from(text).toString()
 }
 
 /** What a copy costs in memory, in bytes: its record with what may be empty besides, its key and tags, and the measured overhead. */
