@@ -1,6 +1,6 @@
 /**
  * What one reader of a tenant's log knows, and the one rule that decides whether a copy may be served. An instance
- * has a view for every tenant that it serves; a client's near cache has one too, so this file imports nothing.
+ * has a view for every tenant that it serves; a client's near cache has one too, so this file imports nothing but the LRU.
  *
  * A **revision** numbers each committed change and each explicit invalidation of a tenant, without a gap. A copy
  * carries its **as-of**: the revision of the snapshot that it was read from. A **floor** is the newest
@@ -39,6 +39,8 @@
  * - **Timelines.** A revision is `timeline * 2^40 + n`. The first sign of a newer timeline (a PostgreSQL that failed over)
  *   raises the tenant floor to its start: copies of commits that the failover lost cannot pass.
  */
+
+import { Lru } from '../tiers/lru.ts'
 
 /** What the rule looks at in a copy. */
 export interface Dated {
@@ -82,18 +84,22 @@ interface Floor {
 
 const newFloor = (): Floor => ({ changed: 0, expired: 0, removed: 0 })
 
-/** Floors by name; beyond `maxFloors` the one that was raised longest ago is forgotten. */
+/**
+ * Floors by name; beyond `maxFloors` the one that was raised longest ago is forgotten. Not in a `Map`: V8 keeps its old tables for an iterator
+ * that stands in them, and makes an entry in its table of strings for each name that it is asked for.
+ */
 class Floors {
-  readonly #maxFloors: number
-  readonly #byName = new Map<string, Floor>()
-  /**
-   * Stands before the oldest entry. A new iterator walks over every slot that was ever deleted, which is too slow to
-   * be made for each eviction; this one is never behind a living entry, since what it returns is evicted.
-   */
-  #oldest = this.#byName.entries()
+  readonly #byName: Lru<Floor>
+  #forgotten: Floor | undefined
 
   constructor(maxFloors: number) {
-    this.#maxFloors = maxFloors
+    this.#byName = new Lru({
+      maxEntries: maxFloors,
+      now: () => 0,
+      dropped: (floor) => {
+        this.#forgotten = floor
+      },
+    })
   }
 
   get size(): number {
@@ -101,11 +107,11 @@ class Floors {
   }
 
   get(name: string): Floor | undefined {
-    return this.#byName.get(name)
+    return this.#byName.peek(name)
   }
 
   values(): Iterable<Floor> {
-    return this.#byName.values()
+    return this.#byName.entries().map(([, floor]) => floor)
   }
 
   clear(): void {
@@ -114,26 +120,15 @@ class Floors {
 
   /** Raises a floor, and returns the marks of the one that is forgotten for it. */
   raise(name: string, mark: Mark, revision: number): Floor | undefined {
-    const floor = this.#byName.get(name) ?? newFloor()
+    const raised = this.#byName.get(name)
+    const floor = raised ?? newFloor()
     if (mark === 'expired') floor.expired = Math.max(floor.expired, revision)
     else floor.changed = Math.max(floor.changed, revision)
     if (mark === 'removed') floor.removed = Math.max(floor.removed, revision)
-    // Deleting first moves the name to the end of the map's order: what was raised last is forgotten last.
-    this.#byName.delete(name)
-    this.#byName.set(name, floor)
-    return this.#byName.size > this.#maxFloors ? this.#forget() : undefined
-  }
-
-  #forget(): Floor | undefined {
-    let next = this.#oldest.next()
-    if (next.done) {
-      this.#oldest = this.#byName.entries()
-      next = this.#oldest.next()
-    }
-    if (next.done) return undefined
-    const [name, marks] = next.value
-    this.#byName.delete(name)
-    return marks
+    if (raised !== undefined) return undefined
+    this.#forgotten = undefined
+    this.#byName.set(name, floor, 0)
+    return this.#forgotten
   }
 }
 

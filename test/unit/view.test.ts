@@ -1,3 +1,5 @@
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { LISTED, type LogRow, TIMELINE_SPAN, type Verdict, View } from '../../src/invalidation/view.ts'
@@ -152,6 +154,20 @@ describe('a view', () => {
     view.acknowledge(row(4, { ids: ['c'] }))
     expect(view.describe('a', []).keyFloor).toBe(3)
     expect(view.describe('b', [])).toMatchObject({ keyFloor: 0, tenantFloor: 2 })
+  })
+
+  test('takes no more memory however often the same floors are raised', () => {
+    setFlagsFromString('--expose-gc')
+    const gc: () => void = runInNewContext('gc')
+    const view = fresh(1000)
+    let revision = 0
+    const raise = (times: number) => {
+      for (let n = 0; n < times; n++) view.apply(row(++revision, { ids: [`${n % 500}`] }))
+      gc()
+      return process.memoryUsage().heapUsed
+    }
+    const before = raise(1000)
+    expect(raise(100_000) - before).toBeLessThan(2 * 2 ** 20)
   })
 
   test('that forgets, starts late or finds holes never serves what one that followed the whole log would refuse', () => {
