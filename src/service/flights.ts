@@ -8,8 +8,8 @@
 import { randomUUID } from 'node:crypto'
 import { ItemCacheError } from '../errors.ts'
 import type { Trace } from '../observe/tracing.ts'
+import { Lru } from '../tiers/lru.ts'
 import type { Copy, SkipReason, Snapshot, TierName, TierSpan } from '../tiers/tier.ts'
-import { PassingMap } from './passing-map.ts'
 
 /** A tier that could not be asked. */
 export interface Skipped {
@@ -175,6 +175,7 @@ export class Flight {
 
 /** Most flights that are under way at once: one more load is refused. Callers who share a flight are no more flights. */
 export const MAX_FLIGHTS = 100_000
+const NEVER = Number.POSITIVE_INFINITY
 
 /** A multi-key read never asks a tier for more keys than this at once. */
 const MAX_KEYS = 500
@@ -193,7 +194,11 @@ interface Boarding {
 
 /** All flights of one instance. */
 export class Flights {
-  readonly #under = { cached: new PassingMap<Flight>(), direct: new PassingMap<Flight>() }
+  /**
+   * By tenant and id; none is ever evicted. Not in a `Map`: V8 keeps what was in its old tables until the next full collection, and makes an
+   * entry in its table of strings for each key (docs/performance.md#what-garbage-collection-costs).
+   */
+  readonly #under: Readonly<Record<Route, Lru<Flight>>>
   readonly #depart: (group: Group) => void
   readonly #maxFlights: number
   #boarding: Boarding[] = []
@@ -202,6 +207,8 @@ export class Flights {
   constructor(depart: (group: Group) => void, maxFlights = MAX_FLIGHTS) {
     this.#depart = depart
     this.#maxFlights = maxFlights
+    const newTable = () => new Lru<Flight>({ maxEntries: maxFlights, now: () => 0 })
+    this.#under = { cached: newTable(), direct: newTable() }
   }
 
   /** Flights that are under way. */
@@ -220,8 +227,7 @@ export class Flights {
    */
   join(tenant: string, id: string, route: Route, plan: FlightPlan): { flight: Flight; joined: boolean } {
     const flights = this.#under[route]
-    const key = keyOf(tenant, id)
-    const under = flights.get(key)
+    const under = flights.get(id, tenant)
     // A direct flight is taken only before it leaves: those who choose it want a SELECT sent after they began.
     if (under !== undefined && (route === 'cached' || under.sentAt === undefined)) {
       return { flight: under, joined: true }
@@ -234,11 +240,11 @@ export class Flights {
     }
     const boarding = this.#boardingOf(tenant, route)
     const flight: Flight = new Flight(id, plan, (abandoned) => {
-      if (flights.get(key) === flight) flights.delete(key)
+      if (flights.peek(id, tenant) === flight) flights.delete(id, tenant)
       boarding.left -= 1
       if (abandoned && boarding.left === 0) boarding.controller.abort(nobodyWaits())
     })
-    flights.set(key, flight)
+    flights.set(id, flight, 0, NEVER, NEVER, tenant)
     boarding.flights.push(flight)
     boarding.left += 1
     return { flight, joined: false }
