@@ -85,8 +85,8 @@ interface Floor {
 const newFloor = (): Floor => ({ changed: 0, expired: 0, removed: 0 })
 
 /**
- * Floors by name; beyond `maxFloors` the one that was raised longest ago is forgotten. Not in a `Map`: V8 keeps its old tables for an iterator
- * that stands in them, and makes an entry in its table of strings for each name that it is asked for.
+ * Floors by name; beyond `maxFloors` the one that was raised longest ago is forgotten. Not in a `Map`: V8 keeps the old tables of one for an
+ * iterator that stands in them, and puts each name that one is asked for into its table of strings.
  */
 class Floors {
   readonly #byName: Lru<Floor>
@@ -165,14 +165,9 @@ export class View {
     return this.#heardMs
   }
 
-  /** Whether no floor is above this as-of, so that `judge` calls every copy of it current. */
-  isReachedBy(asOf: number): boolean {
-    return asOf >= this.#highest
-  }
-
   /** The rule, but for heard: what the floors say of a copy. */
   judge({ id, asOf, tags }: Dated): Verdict {
-    if (this.isReachedBy(asOf)) return 'current'
+    if (asOf >= this.#highest) return 'current'
     const tenant = this.#tenant
     let { changed, expired, removed } = tenant
     const key = this.#keys.get(id)

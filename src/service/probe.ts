@@ -15,6 +15,7 @@ import { HEARD_BOUND_MS, LISTED, type View } from '../invalidation/view.ts'
 import type { Logger } from '../observe/log.ts'
 import type { Metrics } from '../observe/metrics.ts'
 import type { Copy, LogEntry, LogSource, Revision, Snapshot, StoreTier } from '../tiers/tier.ts'
+import { untabled } from '../untabled.ts'
 
 /** More log rows than this after the copy's as-of are not looked through. */
 const WINDOW = { rows: 500, names: 100_000 }
@@ -57,7 +58,7 @@ export class Probe {
   /** `silentMs`: how long the log had not been heard of when the copy was served at `position`. */
   async #compare(tenant: string, copy: Copy, position: Revision, silentMs: number): Promise<void> {
     const { postgres, metrics, log } = this.#options
-    const { id } = copy
+    const id = untabled(copy.id)
     const snapshot = (await postgres.read(tenant, [id])).get(id)
     if (snapshot === undefined || isSame(copy, snapshot)) {
       metrics.probes.consistent++

@@ -25,6 +25,7 @@ import type { Verdict, View } from '../invalidation/view.ts'
 import type { Trace, Tracing } from '../observe/tracing.ts'
 import { afterSilence } from '../silence.ts'
 import type { Copy, Revision, Snapshot, TierName } from '../tiers/tier.ts'
+import { untabled } from '../untabled.ts'
 import {
   type Flight,
   type FlightPlan,
@@ -82,7 +83,7 @@ export interface Answer {
  * `bounds[2 * n + 1]`.
  */
 export interface AsciiIds {
-  readonly bytes: Buffer
+  readonly bytes: Uint8Array
   readonly bounds: Uint32Array
   readonly length: number
 }
@@ -176,14 +177,13 @@ export class Reader {
       const to = bounds[2 * copies.length + 1] as number
       const found = memory.findAscii(tenant, bytes, from, to, startedMs)
       if (found?.bytes === undefined || startedMs >= found.freshUntilMs) break
-      if (!view.isReachedBy(found.asOf)) {
-        const id = bytes.toString('latin1', from, to)
-        if (view.judge({ ...found, id }) !== 'current') break
-      }
+      if (view.judge(found) !== 'current') break
       memory.foundIsHit()
       const copy = this.#passed(view, found, 'memory')
       this.#parts.probe.served(tenant, copy, view)
-      if (this.#isDue(copy, startedMs)) this.#refreshEarly(tenant, copy, undefined, undefined)
+      if (this.#isDue(copy, startedMs)) {
+        this.#refreshEarly(tenant, { ...copy, id: untabled(copy.id) }, undefined, undefined)
+      }
       copies.push(copy)
     }
     metrics.tiers.memory.hits += copies.length

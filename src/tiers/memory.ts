@@ -6,6 +6,7 @@
  * it; who reads it gets one of their own.
  */
 import { Mutex } from 'async-mutex'
+import { untabled } from '../untabled.ts'
 import { Lru, type LruStats } from './lru.ts'
 import { MAX_EMPTY, Records } from './records.ts'
 import { TagLists } from './tag-lists.ts'
@@ -111,7 +112,7 @@ export class MemoryTier implements CacheTier {
 
   /**
    * The copy of an id of which all characters are ASCII, from where it lies in `bytes`. As `peek`, until `foundIsHit`. Its id
-   * is memory's own string, which no `Map` should be asked for (see `untabled`).
+   * is memory's own string, which no `Map` should be asked for (`untabled.ts`).
    */
   findAscii(tenant: string, bytes: Uint8Array, from: number, to: number, nowMs: number): Copy | undefined {
     const record = this.#copies.findAscii(bytes, from, to, tenant, nowMs)
@@ -291,14 +292,6 @@ export class MemoryTier implements CacheTier {
     const heldAsOf = floats[at + AS_OF] as number
     return heldAsOf > asOf || (heldAsOf === asOf && (floats[at + VERIFIED_AT] as number) > verifiedAtMs)
   }
-}
-
-/**
- * The same text in a string of its own. V8 makes every string that a `Map` was asked for a reference to one in its table of strings, and
- * walks through all of that table in the pause of each full collection (docs/performance.md#what-garbage-collection-costs).
- */
-function untabled(text: string): string {
-  return Buffer.from(text).toString()
 }
 
 /** What a copy costs in memory, in bytes: its record with what may be empty besides, its key and tags, and the measured overhead. */
