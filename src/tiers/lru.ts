@@ -270,7 +270,6 @@ export class Lru<V> {
    * Stores a value (not `undefined`) as the most recent one, in place of an older one, and evicts from the least recent
    * end until both bounds hold: first what is the owner's, until it is within its share. A value that costs more than there
    * may be is not stored, the older one goes, and the answer is false. The times are of the injected clock; without them an entry does not age.
-   * What is held of the key is the string that was passed last.
    * Throws a `RangeError` for a cost that is not a whole number of bytes.
    */
   set(
@@ -312,7 +311,6 @@ export class Lru<V> {
       this.#insertions += 1
     } else {
       this.#dropped?.(this.#parts[slot * PARTS + VALUE] as V)
-      this.#parts[slot * PARTS + KEY] = key
       this.#addCost(slot, -(this.#costs[slot] as number))
       this.#touch(slot)
     }

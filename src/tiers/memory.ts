@@ -140,7 +140,8 @@ export class MemoryTier implements CacheTier {
     const hardUntilMs = Math.max(copy.freshUntilMs, copy.verifiedAtMs + hardMs)
     const record = this.#add(copy)
     const isStored = this.#copies.set(
-      untabled(copy.id),
+      // Of an entry that is replaced the LRU keeps the key that it has.
+      stored === undefined ? untabled(copy.id) : copy.id,
       record,
       costOf(tenant, copy),
       copy.freshUntilMs,

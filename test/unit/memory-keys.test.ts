@@ -16,8 +16,6 @@ const SCRIPT = `
   const store = (n) => {
     const id = ['id', 'é', 'И'][n % 3] + '-of-an-item-' + n
     asked.get(id)
-    // Memory's own string.
-    asked.get(tier.findAscii('t', Buffer.from(id), 0, id.length, 0)?.id)
     tier.set('t', { id, asOf: n, bytes: Buffer.from([n]), revision: n, tags: [], verifiedAtMs: 0, freshUntilMs: 1000 })
   }
   for (let round = 0; round < 2; round++) for (let n = 0; n < 500; n++) store(n)
