@@ -175,6 +175,8 @@ export class Flight {
 
 /** Most flights that are under way at once: one more load is refused. Callers who share a flight are no more flights. */
 export const MAX_FLIGHTS = 100_000
+
+/** The time to live of an entry that has none. */
 const NEVER = Number.POSITIVE_INFINITY
 
 /** A multi-key read never asks a tier for more keys than this at once. */

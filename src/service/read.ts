@@ -173,9 +173,8 @@ export class Reader {
     if (view === undefined || !memory.enabled || !this.#loader.cachesAll || !view.hasHeard(startedMs))
       return copies
     while (copies.length < length) {
-      const from = bounds[2 * copies.length] as number
-      const to = bounds[2 * copies.length + 1] as number
-      const found = memory.findAscii(tenant, bytes, from, to, startedMs)
+      const at = 2 * copies.length
+      const found = memory.findAscii(tenant, bytes, bounds[at] as number, bounds[at + 1] as number, startedMs)
       if (found?.bytes === undefined || startedMs >= found.freshUntilMs) break
       if (view.judge(found) !== 'current') break
       memory.foundIsHit()

@@ -1199,6 +1199,14 @@ describe('flights that are started', () => {
     expect(await groupsOf(1200)).toEqual([[500, 500], [200]])
   })
 
+  test('for the same id by two tenants, or for names that read the same together, are not one', () => {
+    const flights = new Flights(() => {})
+    const joined = ([tenant, id]: readonly [string, string]) => flights.join(tenant, id, 'cached', {}).joined
+    const keys = [['one', 'a'] as const, ['two', 'a'] as const, ['on', 'ea'] as const]
+    expect(keys.map(joined)).toEqual([false, false, false])
+    expect(keys.map(joined)).toEqual([true, true, true])
+  })
+
   test('by one tenant keep nobody else’s waiting', async () => {
     const departed: Group[] = []
     const flights = new Flights((group) => departed.push(group))
