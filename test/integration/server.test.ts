@@ -209,7 +209,7 @@ describe('a server that drains', () => {
     expect((await watch.next()).value).toBe('NOT_SERVING')
     await watch.return(undefined)
     await drained
-    const late = await service.client.failure('getItem', { id: '1' }, { timeoutMs: 2000 })
+    const late = await service.client.failure('getItem', { id: '1' }, { timeoutMs: 20_000 })
     expect(late.code).toBe(status.UNAVAILABLE)
     await service[Symbol.asyncDispose]()
   })

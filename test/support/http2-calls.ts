@@ -1,5 +1,10 @@
 /** gRPC at the level of HTTP/2: callers who hardly read, never read, never finish, or are gone without a word. */
-import { type ClientHttp2Session, type ClientHttp2Stream, connect } from 'node:http2'
+import {
+  type ClientHttp2Session,
+  type ClientHttp2Stream,
+  connect,
+  type OutgoingHttpHeaders,
+} from 'node:http2'
 import { create, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
 import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { grpcMessage } from './http2-frames.ts'
@@ -25,8 +30,9 @@ export class CallerConnection implements Disposable {
     name: Name,
     request: MessageInitShape<(typeof method)[Name]['input']>,
     tenant: string,
+    headers: OutgoingHttpHeaders = {},
   ): ClientHttp2Stream {
-    const stream = this.begin(name, tenant)
+    const stream = this.begin(name, tenant, headers)
     stream.end(
       grpcMessage(toBinary(method[name].input, create(method[name].input, request as never) as never)),
     )
@@ -34,7 +40,7 @@ export class CallerConnection implements Disposable {
   }
 
   /** Opens a call and sends nothing of its request. */
-  begin(name: keyof typeof method, tenant: string): ClientHttp2Stream {
+  begin(name: keyof typeof method, tenant: string, headers: OutgoingHttpHeaders = {}): ClientHttp2Stream {
     const stream = this.#session.request(
       {
         ':method': 'POST',
@@ -42,6 +48,7 @@ export class CallerConnection implements Disposable {
         'content-type': 'application/grpc',
         te: 'trailers',
         'x-tenant-id': tenant,
+        ...headers,
       },
       { endStream: false },
     )
