@@ -1,5 +1,6 @@
 /** Failures that are remembered for a moment, so that an origin which is down is not asked for a key again and again. */
 import { ItemCacheError } from '../errors.ts'
+import { Lru } from '../tiers/lru.ts'
 
 export interface RecentFailuresOptions {
   /** How long a failure is remembered, in milliseconds; 0: not at all. */
@@ -12,40 +13,34 @@ export interface RecentFailuresOptions {
   readonly random: () => number
 }
 
-/** One more makes the oldest be forgotten, which costs a request that fails again. */
+/** One more makes the one be forgotten that was needed least lately, which costs a request that fails again. */
 const MAX_FAILURES = 10_000
 
 export class RecentFailures {
   readonly #options: RecentFailuresOptions
-  readonly #failures = new Map<string, { readonly error: ItemCacheError; readonly untilMs: number }>()
+  readonly #failures: Lru<{ readonly error: ItemCacheError; readonly untilMs: number }>
 
   constructor(options: RecentFailuresOptions) {
     this.#options = options
+    this.#failures = new Lru({ maxEntries: MAX_FAILURES, now: options.now, random: options.random })
   }
 
   /** Remembers that a tier did not answer. Anything else is no failure of the tier, and forgotten. */
-  remember(key: string, error: unknown): void {
+  remember(tenant: string, id: string, error: unknown): void {
     const { ttlMs, jitter, now, random } = this.#options
     if (ttlMs === 0 || !(error instanceof ItemCacheError) || error.code !== 'unavailable') return
-    this.#failures.delete(key)
-    const [oldest] = this.#failures.keys()
-    if (oldest !== undefined && this.#failures.size >= MAX_FAILURES) this.#failures.delete(oldest)
-    this.#failures.set(key, { error, untilMs: now() + ttlMs * (1 - jitter * random()) })
+    const untilMs = now() + ttlMs * (1 - jitter * random())
+    this.#failures.set(id, { error, untilMs }, 0, untilMs, untilMs, tenant)
   }
 
   /** The same failure again, with the time after which a retry makes sense; `undefined`: try. */
-  recent(key: string): ItemCacheError | undefined {
-    const failure = this.#failures.get(key)
+  recent(tenant: string, id: string): ItemCacheError | undefined {
+    const failure = this.#failures.get(id, tenant)
     if (failure === undefined) return undefined
     const { error, untilMs } = failure
-    const leftMs = untilMs - this.#options.now()
-    if (leftMs <= 0) {
-      this.#failures.delete(key)
-      return undefined
-    }
     return new ItemCacheError(error.code, error.message, {
       reason: error.reason,
-      retryAfterMs: Math.max(leftMs, error.retryAfterMs ?? 0),
+      retryAfterMs: Math.max(untilMs - this.#options.now(), error.retryAfterMs ?? 0),
       cause: error,
       ...(error.id === undefined ? {} : { id: error.id }),
     })

@@ -295,9 +295,6 @@ function isSwelling({ flights, seen }: Boarding): boolean {
   return flights.length > 1 && flights.length < MAX_KEYS && flights.length >= 2 * seen
 }
 
-/** One string for a tenant's key. The length in front keeps every pair apart, whatever characters either has. */
-export const keyOf = (tenant: string, id: string): string => `${tenant.length}:${tenant}${id}`
-
 function nobodyWaits(): ItemCacheError {
   return new ItemCacheError('cancelled', 'nobody waits for the load any more')
 }

@@ -32,7 +32,7 @@ import type {
   TierName,
 } from '../tiers/tier.ts'
 import { RecentFailures } from './failures.ts'
-import { type Flight, type Group, keyOf, type Load, type Skipped } from './flights.ts'
+import type { Flight, Group, Load, Skipped } from './flights.ts'
 import { OriginRequests } from './origin-requests.ts'
 import { isInShare } from './rollout.ts'
 import { Stampede } from './stampede.ts'
@@ -424,7 +424,7 @@ export class Loader {
     const { tenant, route } = group
     const asking: Unknown[] = []
     for (const one of unknown) {
-      const failure = this.#failures.recent(keyOf(tenant, one.flight.id))
+      const failure = this.#failures.recent(tenant, one.flight.id)
       if (failure !== undefined) one.flight.fail(failure)
       else if (!one.flight.isOver) asking.push(one)
     }
@@ -480,7 +480,7 @@ export class Loader {
           for (const one of batch) await insert([one])
         } else {
           for (const { flight } of batch) {
-            if (isRefusal(error)) this.#failures.remember(keyOf(tenant, flight.id), asUnavailable(error))
+            if (isRefusal(error)) this.#failures.remember(tenant, flight.id, asUnavailable(error))
             flight.fail(asUnavailable(error))
           }
         }
@@ -499,7 +499,7 @@ export class Loader {
       try {
         draft = await this.#requests?.fetch(flight.id, flight.signal, flight.trace)
       } catch (error) {
-        this.#failures.remember(keyOf(tenant, flight.id), error)
+        this.#failures.remember(tenant, flight.id, error)
         throw error
       }
       if (draft === undefined) {
