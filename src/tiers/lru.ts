@@ -1,18 +1,21 @@
 /**
  * A least-recently-used map, bounded by entries and by bytes, with a soft and a hard time to live.
  *
- * An entry is a slot number. What a hit needs of a slot is one record of 32 bytes, half a cache line, in a typed
- * array that is seen as floats for the times and as words for the links:
+ * An entry is a slot number, and what an access needs of it is kept together in few cache lines, since what it waits for
+ * is memory:
  *
- *     soft until | hard until | previous, next | hash, chain
- *
- * `previous` and `next` are the recency list, through slot 0 as its sentinel: the sentinel's `next` is the most
- * recent entry and its `previous` the least recent. `chain` links the slots of one bucket of the hash index; 0 ends it.
- *
- * The index is our own rather than a `Map` because it measures better (`bench/micro/lru.ts`): a `Map` needs
- * several times the bytes, each eviction makes it read the evicted key and leave a hole behind, and the holes
- * are removed all at once, in a pause. Its hash takes a secret seed and a secret multiplier, so that nobody who
- * chooses keys can choose collisions.
+ * - The index is a hash table with linear probing: a cell is a hash and a slot, so that only a key with the same hash is
+ *   looked at. It is our own rather than a `Map` because it measures better (`bench/micro/lru.ts`): a `Map` needs several
+ *   times the bytes, each eviction makes it read the evicted key and leave a hole behind, and the holes are removed all at
+ *   once, in a pause.
+ * - Its hash takes a secret seed and a secret multiplier, so that nobody who chooses keys can choose collisions. To look at
+ *   a character costs as much as a cell, so of a long key only the end is hashed, where most keys differ. When keys
+ *   come that do not, all are hashed anew, whole, and from then on: once, so that nobody can have it done again.
+ * - Key, owner and value of a slot lie side by side, with a second until which no time to live of it is over: as long as
+ *   that has not come, nobody needs to look at its times.
+ * - The recency list goes through slot 0 as its sentinel, whose `next` is the most recent entry and whose `previous` the
+ *   least recent. Its links are alone in their array: a touch needs those of three slots, and they have the best chance
+ *   to be in a near cache there.
  *
  * A key belongs to an owner (`''` when nobody says so), and two owners may have the same key. That is cheaper than a key
  * that is put together of both, which would have to be made for every read.
@@ -73,33 +76,42 @@ interface Owner {
   bytes: number
 }
 
-// The record of a slot, in 4-byte words from `slot * WORDS`, and in 8-byte floats from `slot * FLOATS`.
-const WORDS = 8
-const PREVIOUS = 4
-const NEXT = 5
-const HASH = 6
-const CHAIN = 7
-const FLOATS = 4
+// A slot's links in the recency list, from `slot * LINKS`, and its times, from `slot * TIMES`.
+const LINKS = 2
+const PREVIOUS = 0
+const NEXT = 1
+const TIMES = 2
 const SOFT_UNTIL = 0
 const HARD_UNTIL = 1
+// A cell of the index, in words.
+const CELL = 2
+const SLOT = 0
+const HASH = 1
 
-/** The sentinel of the list; in a bucket or a chain it means "none". */
+/** The sentinel of the list; in a cell it means "none". */
 const NONE = 0
 // The links of a slot in its owner's list, in words from `slot * OWNED_WORDS`.
 const OWNED_WORDS = 2
 const OWNED_PREVIOUS = 0
 const OWNED_NEXT = 1
 
-// The parts of a slot that are no numbers, from `slot * PARTS`.
-const PARTS = 3
+// What a look-up needs of a slot, from `slot * PARTS`.
+const PARTS = 4
 const KEY = 0
 const OWNER = 1
 const VALUE = 2
+/** Neither time to live is over before so many seconds, which are a small integer. */
+const FRESH_UNTIL_S = 3
+/** The largest. */
+const FAR_S = 2 ** 31 - 1
 
-/** Marks a unit of two characters, so that it is none of one. */
-const PAIR = 0x1_0000
-/** Of the index, for each slot: a bucket costs 4 bytes, and a look into the record of another key a cache miss. */
-const BUCKETS = 4
+/** Of the index, at least, for each slot: a cell costs 8 bytes, and a full one makes a search longer. */
+const CELLS = 2
+/** So many characters at the end of a key are hashed, */
+const TAIL = 8
+/** until more keys than this have one hash: then all are. */
+const MAX_ALIKE = 8
+const ALL = 2 ** 30
 const FIRST_CAPACITY = 16
 const MAX_ENTRIES = 100_000_000
 /** What a cell of the typed array of costs can hold. */
@@ -122,13 +134,13 @@ export class Lru<V> {
   readonly #dropped: ((value: V) => void) | undefined
 
   #capacity = 0
-  #words = new Uint32Array()
-  #floats = new Float64Array()
+  #links = new Uint32Array()
+  #times = new Float64Array()
   #costs = new Uint32Array()
-  /** Slot numbers; the length is a power of two. */
-  #buckets = new Uint32Array()
-  /** The key, its owner's name and the value of each slot, from `slot * PARTS`: a look-up that needs one needs all. */
-  #parts: (string | V | undefined)[] = []
+  #hashes = new Uint32Array()
+  /** Its length is a power of two. */
+  #index = new Uint32Array()
+  #parts: (string | number | V | undefined)[] = []
   /** Those that hold something, and by slot. */
   readonly #owners = new Map<string, Owner>()
   #ownerOf: (Owner | undefined)[] = []
@@ -145,6 +157,8 @@ export class Lru<V> {
   /** Of the call before: many in a row are of one owner. */
   #lastOwner = ''
   #ownerHash: number
+  /** How many of a key's last characters are hashed. */
+  #reach = TAIL
 
   #size = 0
   #bytes = 0
@@ -183,7 +197,7 @@ export class Lru<V> {
     this.#seed = Math.floor(random() * 2 ** 30)
     // Odd, so that multiplying loses nothing.
     this.#multiplier = Math.floor(random() * 2 ** 30) * 2 + 1
-    this.#ownerHash = this.#seed
+    this.#ownerHash = this.#mix(this.#seed, this.#lastOwner, ALL)
     this.#missedHash = this.#hash(this.#missedKey, this.#missedOwner)
     this.#reset()
   }
@@ -206,15 +220,13 @@ export class Lru<V> {
       this.#missedHash = hash
       return undefined
     }
-    const floats = this.#floats
-    if (nowMs >= (floats[slot * FLOATS + HARD_UNTIL] as number)) {
+    if (this.#isOver(slot, nowMs)) {
       this.#remove(slot)
       this.#expirations += 1
       this.#misses += 1
       return undefined
     }
     this.#hits += 1
-    this.stale = nowMs >= (floats[slot * FLOATS + SOFT_UNTIL] as number)
     this.#touch(slot)
     return this.#parts[slot * PARTS + VALUE] as V
   }
@@ -225,7 +237,7 @@ export class Lru<V> {
    */
   findAscii(bytes: Uint8Array, from: number, to: number, owner: string, nowMs: number): V | undefined {
     const slot = this.#findAscii(bytes, from, to, owner)
-    if (slot === NONE || nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) return undefined
+    if (slot === NONE || this.#isOver(slot, nowMs)) return undefined
     this.#found = slot
     return this.#parts[slot * PARTS + VALUE] as V
   }
@@ -245,7 +257,6 @@ export class Lru<V> {
   peek(key: string, owner = ''): V | undefined {
     const slot = this.#findLiving(key, owner)
     if (slot === NONE) return undefined
-    this.stale = this.#now() >= (this.#floats[slot * FLOATS + SOFT_UNTIL] as number)
     return this.#parts[slot * PARTS + VALUE] as V
   }
 
@@ -261,8 +272,8 @@ export class Lru<V> {
     return {
       value: this.#parts[slot * PARTS + VALUE] as V,
       cost: this.#costs[slot] as number,
-      softUntilMs: this.#floats[slot * FLOATS + SOFT_UNTIL] as number,
-      hardUntilMs: this.#floats[slot * FLOATS + HARD_UNTIL] as number,
+      softUntilMs: this.#times[slot * TIMES + SOFT_UNTIL] as number,
+      hardUntilMs: this.#times[slot * TIMES + HARD_UNTIL] as number,
     }
   }
 
@@ -302,7 +313,7 @@ export class Lru<V> {
       }
       let free = NONE
       if (this.#size === this.maxEntries) {
-        free = this.#words[PREVIOUS] as number
+        free = this.#links[PREVIOUS] as number
         this.#detach(free)
         this.#evictedForEntries += 1
       }
@@ -325,8 +336,9 @@ export class Lru<V> {
     this.#addCost(slot, cost)
     this.#costs[slot] = cost
     this.#parts[slot * PARTS + VALUE] = value
-    this.#floats[slot * FLOATS + SOFT_UNTIL] = softUntilMs
-    this.#floats[slot * FLOATS + HARD_UNTIL] = hardUntilMs
+    this.#parts[slot * PARTS + FRESH_UNTIL_S] = wholeSeconds(Math.min(softUntilMs, hardUntilMs))
+    this.#times[slot * TIMES + SOFT_UNTIL] = softUntilMs
+    this.#times[slot * TIMES + HARD_UNTIL] = hardUntilMs
     return true
   }
 
@@ -350,11 +362,11 @@ export class Lru<V> {
     const nowMs = this.#now()
     const entries: [string, V][] = []
     for (
-      let slot = this.#words[NEXT] as number;
+      let slot = this.#links[NEXT] as number;
       slot !== NONE;
-      slot = this.#words[slot * WORDS + NEXT] as number
+      slot = this.#links[slot * LINKS + NEXT] as number
     ) {
-      if (nowMs >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number)) continue
+      if (nowMs >= (this.#times[slot * TIMES + HARD_UNTIL] as number)) continue
       entries.push([this.#parts[slot * PARTS + KEY] as string, this.#parts[slot * PARTS + VALUE] as V])
     }
     return entries
@@ -373,90 +385,97 @@ export class Lru<V> {
     }
   }
 
-  /**
-   * Mixes after every unit, so that no two keys collide for all seeds; a unit is a UTF-16 code unit, or two that are a byte
-   * each. 30 bits are a small integer in every engine.
-   */
+  /** 30 bits are a small integer in every engine. */
   #hash(key: string, owner: string): number {
-    return this.#mix(this.#hashOfOwner(owner), key) & 0x3fff_ffff
+    return this.#mix(this.#hashOfOwner(owner), key, this.#reach) & 0x3fff_ffff
   }
 
   #hashOfOwner(owner: string): number {
     if (owner !== this.#lastOwner) {
       this.#lastOwner = owner
-      this.#ownerHash = this.#mix(this.#seed, owner)
+      this.#ownerHash = this.#mix(this.#seed, owner, ALL)
     }
     return this.#ownerHash
   }
 
-  #mix(from: number, text: string): number {
+  #mix(from: number, text: string, reach: number): number {
     const multiplier = this.#multiplier
     const { length } = text
-    let hash = from
-    let at = 0
-    for (; at + 1 < length; at += 2) {
-      const first = text.charCodeAt(at)
-      const second = text.charCodeAt(at + 1)
-      if ((first | second) > 0xff) hash = mixed(mixed(hash, first, multiplier), second, multiplier)
-      else hash = mixed(hash, PAIR | first | (second << 8), multiplier)
+    let hash = mixed(from, length, multiplier)
+    for (let at = length > reach ? length - reach : 0; at < length; at += 1) {
+      hash = mixed(hash, text.charCodeAt(at), multiplier)
     }
-    return at < length ? mixed(hash, text.charCodeAt(at), multiplier) : hash
+    return hash
   }
 
-  /** As `#mix` of the text of these characters. */
-  #mixAscii(from: number, bytes: Uint8Array, start: number, end: number): number {
+  /** As `#hash` of the text of these characters. */
+  #hashAscii(bytes: Uint8Array, from: number, to: number, owner: string): number {
     const multiplier = this.#multiplier
-    let hash = from
-    let at = start
-    for (; at + 1 < end; at += 2) {
-      hash = mixed(hash, PAIR | (bytes[at] as number) | ((bytes[at + 1] as number) << 8), multiplier)
+    const length = to - from
+    const reach = this.#reach
+    let hash = mixed(this.#hashOfOwner(owner), length, multiplier)
+    for (let at = length > reach ? to - reach : from; at < to; at += 1) {
+      hash = mixed(hash, bytes[at] as number, multiplier)
     }
-    return at < end ? mixed(hash, bytes[at] as number, multiplier) : hash
+    return hash & 0x3fff_ffff
   }
 
   #find(key: string, owner: string, hash: number): number {
-    const words = this.#words
-    const buckets = this.#buckets
+    const index = this.#index
     const parts = this.#parts
-    let slot = buckets[hash & (buckets.length - 1)] as number
+    const mask = index.length - 1
+    let cell = (hash * CELL) & mask
+    let slot = index[cell + SLOT] as number
     while (
       slot !== NONE &&
-      (words[slot * WORDS + HASH] !== hash ||
+      (index[cell + HASH] !== hash ||
         parts[slot * PARTS + KEY] !== key ||
         parts[slot * PARTS + OWNER] !== owner)
     ) {
-      slot = words[slot * WORDS + CHAIN] as number
+      cell = (cell + CELL) & mask
+      slot = index[cell + SLOT] as number
     }
     return slot
   }
 
   /** As `#find` for the text of these characters. */
   #findAscii(bytes: Uint8Array, from: number, to: number, owner: string): number {
-    const hash = this.#mixAscii(this.#hashOfOwner(owner), bytes, from, to) & 0x3fff_ffff
-    const words = this.#words
-    const buckets = this.#buckets
+    const hash = this.#hashAscii(bytes, from, to, owner)
+    const index = this.#index
     const parts = this.#parts
-    let slot = buckets[hash & (buckets.length - 1)] as number
+    const mask = index.length - 1
+    let cell = (hash * CELL) & mask
+    let slot = index[cell + SLOT] as number
     while (
       slot !== NONE &&
-      (words[slot * WORDS + HASH] !== hash ||
+      (index[cell + HASH] !== hash ||
         !isText(parts[slot * PARTS + KEY] as string, bytes, from, to) ||
         parts[slot * PARTS + OWNER] !== owner)
     ) {
-      slot = words[slot * WORDS + CHAIN] as number
+      cell = (cell + CELL) & mask
+      slot = index[cell + SLOT] as number
     }
     return slot
   }
 
   #findLiving(key: string, owner: string): number {
     const slot = this.#find(key, owner, this.#hash(key, owner))
-    if (slot === NONE) return NONE
-    return this.#now() >= (this.#floats[slot * FLOATS + HARD_UNTIL] as number) ? NONE : slot
+    return slot === NONE || this.#isOver(slot, this.#now()) ? NONE : slot
+  }
+
+  /** Whether a slot is past its hard TTL. `stale` says whether it is past its soft one. */
+  #isOver(slot: number, nowMs: number): boolean {
+    if (nowMs < (this.#parts[slot * PARTS + FRESH_UNTIL_S] as number) * 1000) {
+      this.stale = false
+      return false
+    }
+    this.stale = nowMs >= (this.#times[slot * TIMES + SOFT_UNTIL] as number)
+    return nowMs >= (this.#times[slot * TIMES + HARD_UNTIL] as number)
   }
 
   /** Makes a slot the most recent one. */
   #touch(slot: number): void {
-    if (this.#words[NEXT] === slot) return
+    if (this.#links[NEXT] === slot) return
     this.#unlink(slot)
     this.#linkFirst(slot)
     const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
@@ -510,20 +529,20 @@ export class Lru<V> {
   }
 
   #unlink(slot: number): void {
-    const words = this.#words
-    const previous = words[slot * WORDS + PREVIOUS] as number
-    const next = words[slot * WORDS + NEXT] as number
-    words[previous * WORDS + NEXT] = next
-    words[next * WORDS + PREVIOUS] = previous
+    const links = this.#links
+    const previous = links[slot * LINKS + PREVIOUS] as number
+    const next = links[slot * LINKS + NEXT] as number
+    links[previous * LINKS + NEXT] = next
+    links[next * LINKS + PREVIOUS] = previous
   }
 
   #linkFirst(slot: number): void {
-    const words = this.#words
-    const first = words[NEXT] as number
-    words[slot * WORDS + NEXT] = first
-    words[slot * WORDS + PREVIOUS] = NONE
-    words[first * WORDS + PREVIOUS] = slot
-    words[NEXT] = slot
+    const links = this.#links
+    const first = links[NEXT] as number
+    links[slot * LINKS + NEXT] = first
+    links[slot * LINKS + PREVIOUS] = NONE
+    links[first * LINKS + PREVIOUS] = slot
+    links[NEXT] = slot
   }
 
   /**
@@ -533,23 +552,23 @@ export class Lru<V> {
   #insert(key: string, owner: string, hash: number, detached: number): number {
     let slot = detached === NONE ? this.#free : detached
     if (slot !== NONE) {
-      if (detached === NONE) this.#free = this.#words[slot * WORDS + NEXT] as number
+      if (detached === NONE) this.#free = this.#links[slot * LINKS + NEXT] as number
       this.#parts[slot * PARTS + KEY] = key
       this.#parts[slot * PARTS + OWNER] = owner
     } else {
       if (this.#size === this.#capacity) this.#grow()
-      slot = this.#parts.push(key, owner, undefined) / PARTS - 1
+      slot = this.#parts.push(key, owner, undefined, 0) / PARTS - 1
     }
-    this.#words[slot * WORDS + HASH] = hash
-    this.#chain(slot, hash)
+    this.#hashes[slot] = hash
     this.#linkFirst(slot)
     this.#size += 1
+    if (this.#enter(slot, hash) > MAX_ALIKE && this.#reach !== ALL) this.#hashAll()
     return slot
   }
 
   /** Removes the least recent entry; false if there is none. */
   #evict(): boolean {
-    const last = this.#words[PREVIOUS] as number
+    const last = this.#links[PREVIOUS] as number
     if (last === NONE) return false
     this.#remove(last)
     return true
@@ -560,14 +579,14 @@ export class Lru<V> {
     this.#parts[slot * PARTS + KEY] = ''
     this.#parts[slot * PARTS + OWNER] = ''
     this.#parts[slot * PARTS + VALUE] = undefined
-    this.#words[slot * WORDS + NEXT] = this.#free
+    this.#links[slot * LINKS + NEXT] = this.#free
     this.#free = slot
   }
 
   /** Takes an entry out of the index and the lists. Its slot is to be used again, or given back. */
   #detach(slot: number): void {
     this.#dropped?.(this.#parts[slot * PARTS + VALUE] as V)
-    this.#unchain(slot)
+    this.#leave(slot)
     this.#unlink(slot)
     const owner = this.#hasShares ? this.#ownerOf[slot] : undefined
     if (owner !== undefined) this.#disown(slot, owner)
@@ -575,38 +594,76 @@ export class Lru<V> {
     this.#size -= 1
   }
 
-  #chain(slot: number, hash: number): void {
-    const bucket = hash & (this.#buckets.length - 1)
-    this.#words[slot * WORDS + CHAIN] = this.#buckets[bucket] as number
-    this.#buckets[bucket] = slot
-  }
-
-  #unchain(slot: number): void {
-    const words = this.#words
-    const bucket = (words[slot * WORDS + HASH] as number) & (this.#buckets.length - 1)
-    const rest = words[slot * WORDS + CHAIN] as number
-    let at = this.#buckets[bucket] as number
-    if (at === slot) {
-      this.#buckets[bucket] = rest
-      return
+  /** Puts a slot into the index. The number of slots with its hash. */
+  #enter(slot: number, hash: number): number {
+    const index = this.#index
+    const mask = index.length - 1
+    let alike = 1
+    let cell = (hash * CELL) & mask
+    while (index[cell + SLOT] !== NONE) {
+      if (index[cell + HASH] === hash) alike += 1
+      cell = (cell + CELL) & mask
     }
-    while (words[at * WORDS + CHAIN] !== slot) at = words[at * WORDS + CHAIN] as number
-    words[at * WORDS + CHAIN] = rest
+    index[cell + SLOT] = slot
+    index[cell + HASH] = hash
+    return alike
   }
 
-  /** Doubles the slots. Every slot is in use, so all are chained anew. */
+  /** From now on hashes are those of whole keys. */
+  #hashAll(): void {
+    this.#reach = ALL
+    this.#missedHash = this.#hash(this.#missedKey, this.#missedOwner)
+    this.#index.fill(NONE)
+    for (
+      let slot = this.#links[NEXT] as number;
+      slot !== NONE;
+      slot = this.#links[slot * LINKS + NEXT] as number
+    ) {
+      const key = this.#parts[slot * PARTS + KEY] as string
+      const hash = this.#hash(key, this.#parts[slot * PARTS + OWNER] as string)
+      this.#hashes[slot] = hash
+      this.#enter(slot, hash)
+    }
+  }
+
+  /** Takes a slot out of the index, and moves up what its cell had kept from a place nearer to where it is looked for first. */
+  #leave(slot: number): void {
+    const index = this.#index
+    const mask = index.length - 1
+    let empty = ((this.#hashes[slot] as number) * CELL) & mask
+    while (index[empty + SLOT] !== slot) empty = (empty + CELL) & mask
+    for (let cell = (empty + CELL) & mask; index[cell + SLOT] !== NONE; cell = (cell + CELL) & mask) {
+      const hash = index[cell + HASH] as number
+      const first = (hash * CELL) & mask
+      if (((cell - first) & mask) < ((cell - empty) & mask)) continue
+      index[empty + SLOT] = index[cell + SLOT] as number
+      index[empty + HASH] = hash
+      empty = cell
+    }
+    index[empty + SLOT] = NONE
+  }
+
+  /** Doubles the slots. Every slot is in use, so all enter the new index. */
   #grow(): void {
-    const { words, costs, owned } = { words: this.#words, costs: this.#costs, owned: this.#owned }
+    const { links, times, costs, hashes, owned } = {
+      links: this.#links,
+      times: this.#times,
+      costs: this.#costs,
+      hashes: this.#hashes,
+      owned: this.#owned,
+    }
     this.#allocate(Math.min(this.#capacity * 2, this.maxEntries))
-    this.#words.set(words)
+    this.#links.set(links)
+    this.#times.set(times)
     this.#costs.set(costs)
+    this.#hashes.set(hashes)
     this.#owned.set(owned)
-    for (let slot = 1; slot <= this.#size; slot += 1) this.#chain(slot, words[slot * WORDS + HASH] as number)
+    for (let slot = 1; slot <= this.#size; slot += 1) this.#enter(slot, hashes[slot] as number)
   }
 
   #reset(): void {
     this.#allocate(Math.min(FIRST_CAPACITY, this.maxEntries))
-    this.#parts = ['', '', undefined]
+    this.#parts = ['', '', undefined, 0]
     this.#ownerOf = [undefined]
     this.#owners.clear()
     this.#free = NONE
@@ -616,12 +673,20 @@ export class Lru<V> {
 
   #allocate(capacity: number): void {
     this.#capacity = capacity
-    this.#words = new Uint32Array((capacity + 1) * WORDS)
-    this.#floats = new Float64Array(this.#words.buffer)
+    this.#links = new Uint32Array((capacity + 1) * LINKS)
+    this.#times = new Float64Array((capacity + 1) * TIMES)
     this.#costs = new Uint32Array(capacity + 1)
+    this.#hashes = new Uint32Array(capacity + 1)
     if (this.#hasShares) this.#owned = new Uint32Array((capacity + 1) * OWNED_WORDS)
-    this.#buckets = new Uint32Array(BUCKETS * 2 ** Math.ceil(Math.log2(capacity)))
+    this.#index = new Uint32Array(CELLS * CELL * 2 ** Math.ceil(Math.log2(capacity)))
   }
+}
+
+/** The whole seconds of a time, or fewer. */
+function wholeSeconds(ms: number): number {
+  const seconds = ms / 1000
+  if (seconds >= FAR_S) return FAR_S
+  return seconds > -FAR_S ? Math.floor(seconds) | 0 : -FAR_S
 }
 
 /** A hash with one more unit. A unit has 17 bits: of one with more, the highest would not be mixed with anything. */

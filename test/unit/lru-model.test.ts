@@ -225,16 +225,22 @@ const owners = fc.constantFrom(...OWNERS)
 const keysOf = (names: fc.Arbitrary<string>) =>
   fc.tuple(names, owners).map(([name, owner]) => `${name}@${owner}`)
 const FEW_KEYS = keysOf(fc.constantFrom('a', 'ao', '', '__proto__', '🛒'))
-const MANY_KEYS = keysOf(fc.integer({ min: 0, max: 26 }).map((key) => `key-${key}`))
+/** Some end alike, more than the hash of their ends can tell apart. */
+const MANY_KEYS = keysOf(
+  fc.integer({ min: 0, max: 26 }).map((key) => (key % 2 === 0 ? `key-${key}` : `${key} ends alike`)),
+)
+
+/** Of so many parts of a second, for there is a difference between those that are whole seconds and the others. */
+const msUpTo = (parts: number) => fc.nat(parts).map((n) => n * 250)
 
 function commandsOver(keys: fc.Arbitrary<string>, maxCommands: number) {
   const sets = fc
-    .tuple(keys, fc.nat(999), fc.integer({ min: 0, max: 12 }), fc.nat(10), fc.nat(20))
+    .tuple(keys, fc.nat(999), fc.integer({ min: 0, max: 12 }), msUpTo(10), msUpTo(20))
     .map((args) => set(...args))
   const gets = keys.map(get)
   // What is listed twice comes twice as often.
   return fc.commands(
-    [sets, sets, gets, gets, keys.map(look), keys.map(remove), fc.nat(6).map(wait), fc.constant(clear())],
+    [sets, sets, gets, gets, keys.map(look), keys.map(remove), msUpTo(6).map(wait), fc.constant(clear())],
     { maxCommands, size: 'max' },
   )
 }

@@ -275,6 +275,38 @@ describe('keys', () => {
     expect(keys.every((key) => lru.get(key) === key)).toBe(true)
     expect(lru.size).toBe(10_000)
   })
+
+  // Were they looked through one by one, this would take minutes.
+  test.each([
+    ['begin', (n: number) => `${n}/products/of/a/catalogue`],
+    ['end', (n: number) => `/products/of/a/catalogue/${n}`],
+    ['are long in the middle, and begin and end alike,', (n: number) => `/products/${n}/of/a/catalogue`],
+  ])(
+    '40,000 keys are found as fast as any, whether they differ where they %s',
+    { timeout: 10_000 },
+    (_, keyOf) => {
+      const lru = new Lru<number>({ maxEntries: 40_000, now: () => 0 })
+      for (let n = 0; n < 40_000; n++) lru.set(keyOf(n), n, 1)
+      let found = 0
+      for (let n = 0; n < 40_000; n++) if (lru.get(keyOf(n)) === n) found += 1
+      expect(found).toBe(40_000)
+    },
+  )
+
+  test('keys that end alike, and come when there are many others, are found as those are', () => {
+    const lru = new Lru<number>({ maxEntries: 1_100, now: () => 0 })
+    for (let n = 0; n < 1_000; n++) lru.set(`key-${n}`, n, 1)
+    // What is missed before and set after is found, too.
+    expect(lru.get('it ends alike')).toBeUndefined()
+    for (let n = 0; n < 99; n++) lru.set(`${n} ends alike`, n, 1)
+    lru.set('it ends alike', 99, 1)
+    expect(lru.get('it ends alike')).toBe(99)
+    for (let n = 0; n < 1_000; n++) expect(lru.get(`key-${n}`)).toBe(n)
+    for (let n = 0; n < 99; n++) expect(lru.get(`${n} ends alike`)).toBe(n)
+    for (let n = 0; n < 99; n++) expect(lru.delete(`${n} ends alike`)).toBe(true)
+    expect(lru.entries()).toHaveLength(1_001)
+    expect(lru.delete('key-1')).toBe(true)
+  })
 })
 
 describe('options', () => {
