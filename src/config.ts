@@ -587,7 +587,7 @@ const TABLE = {
     group: MEMORY,
     default: '100000',
     description: 'Most copies that memory holds.',
-    parse: count(1, 100_000_000),
+    parse: count(1, 30_000_000),
   },
   maxBytes: {
     name: 'ITEMCACHE_MEMORY_MAX_BYTES',
@@ -610,7 +610,7 @@ const TABLE = {
     default: '100000',
     description:
       'Most invalidations remembered per tenant, by key and by tag. Forgetting one costs reloads, never correctness.',
-    parse: count(1, 100_000_000),
+    parse: count(1, 30_000_000),
   },
   maxTenants: {
     name: 'ITEMCACHE_MAX_TENANTS',

@@ -13,7 +13,7 @@ export interface RecentFailuresOptions {
   readonly random: () => number
 }
 
-/** One more makes the one be forgotten that was needed least lately, which costs a request that fails again. */
+/** One more makes the least recently used one be forgotten, which costs a request that fails again. */
 const MAX_FAILURES = 10_000
 
 export class RecentFailures {

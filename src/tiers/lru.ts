@@ -8,9 +8,10 @@
  *   looked at. It is our own rather than a `Map` because it measures better (`bench/micro/lru.ts`): a `Map` needs several
  *   times the bytes, each eviction makes it read the evicted key and leave a hole behind, and the holes are removed all at
  *   once, in a pause.
- * - Its hash takes a secret seed and a secret multiplier, so that nobody who chooses keys can choose collisions. To look at
- *   a character costs as much as a cell, so of a long key only the end is hashed, where most keys differ. When keys
- *   come that do not, all are hashed anew, whole, and from then on: once, so that nobody can have it done again.
+ * - Its hash takes a secret seed and a secret multiplier, so that nobody who chooses keys can choose which of them collide.
+ *   To look at a character costs as much as a cell, so of a long key only the end is hashed, where most keys differ. When
+ *   more than four keys come that do not, all are hashed anew, whole, and from then on: once, so that nobody can have it
+ *   done again.
  * - Key, owner and value of a slot lie side by side, with a second until which no time to live of it is over: as long as
  *   that has not come, nobody needs to look at its times.
  * - The recency list goes through slot 0 as its sentinel, whose `next` is the most recent entry and whose `previous` the
@@ -27,7 +28,7 @@
  */
 
 export interface LruOptions<V> {
-  /** A whole number from 1 to 100,000,000. Memory is taken as entries come, not in advance. */
+  /** A whole number from 1 to 30,000,000. Memory is taken as entries come, not in advance. */
   readonly maxEntries: number
   /** The most that the costs of all entries may sum up to; at least 1. Default: no bound. */
   readonly maxBytes?: number
@@ -110,10 +111,11 @@ const CELLS = 2
 /** So many characters at the end of a key are hashed, */
 const TAIL = 8
 /** until more keys than this have one hash: then all are. */
-const MAX_ALIKE = 8
+const MAX_ALIKE = 4
 const ALL = 2 ** 30
 const FIRST_CAPACITY = 16
-const MAX_ENTRIES = 100_000_000
+/** V8 has no array with more than 2^27 parts. */
+const MAX_ENTRIES = 30_000_000
 /** What a cell of the typed array of costs can hold. */
 const MAX_COST = 0xffff_ffff
 
@@ -122,7 +124,7 @@ const MAX_COST = 0xffff_ffff
 export class Lru<V> {
   readonly maxEntries: number
   readonly maxBytes: number
-  /** Whether what the last `get` or `peek` returned was past its soft TTL. Look before the next call. */
+  /** Whether what was found last was past its soft TTL. Look before the next call. */
   stale = false
 
   readonly #now: () => number
@@ -686,10 +688,10 @@ export class Lru<V> {
 function wholeSeconds(ms: number): number {
   const seconds = ms / 1000
   if (seconds >= FAR_S) return FAR_S
-  return seconds > -FAR_S ? Math.floor(seconds) | 0 : -FAR_S
+  return seconds > -FAR_S ? Math.floor(seconds) | 0 : Number.NEGATIVE_INFINITY
 }
 
-/** A hash with one more unit. A unit has 17 bits: of one with more, the highest would not be mixed with anything. */
+/** A hash with one more unit, a UTF-16 code unit or a length. Of one with more than 17 bits the highest would be mixed with nothing. */
 function mixed(hash: number, unit: number, multiplier: number): number {
   const product = Math.imul(hash ^ unit, multiplier)
   return product ^ (product >>> 15)

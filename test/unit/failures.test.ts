@@ -52,10 +52,13 @@ test('a caller who goes away, a full queue and a bug are no failures of the orig
   expect(off.size).toBe(0)
 })
 
-test('the oldest of 10,000 failures makes room for one more', () => {
+test('of 10,000 failures the one that was asked for least recently makes room for one more', () => {
   const failures = failuresAt({ ms: 0 })
-  for (let n = 0; n <= 10_000; n++) failures.remember('t', `${n}`, down)
+  for (let n = 0; n < 10_000; n++) failures.remember('t', `${n}`, down)
+  expect(failures.recent('t', '0')).toBeDefined()
+  failures.remember('t', '10000', down)
   expect(failures.size).toBe(10_000)
-  expect(failures.recent('t', '0')).toBeUndefined()
+  expect(failures.recent('t', '0')).toBeDefined()
+  expect(failures.recent('t', '1')).toBeUndefined()
   expect(failures.recent('t', '10000')).toBeDefined()
 })

@@ -311,18 +311,18 @@ describe('keys', () => {
 
 describe('options', () => {
   test.each([
-    [{ maxEntries: 0 }, 'maxEntries should be a whole number from 1 to 100000000, got 0'],
-    [{ maxEntries: 1.5 }, 'maxEntries should be a whole number from 1 to 100000000, got 1.5'],
-    [{ maxEntries: 100_000_001 }, 'maxEntries should be a whole number from 1 to 100000000, got 100000001'],
+    [{ maxEntries: 0 }, 'maxEntries should be a whole number from 1 to 30000000, got 0'],
+    [{ maxEntries: 1.5 }, 'maxEntries should be a whole number from 1 to 30000000, got 1.5'],
+    [{ maxEntries: 30_000_001 }, 'maxEntries should be a whole number from 1 to 30000000, got 30000001'],
     [{ maxBytes: 0 }, 'maxBytes should be at least 1, got 0'],
     [{ maxBytes: Number.NaN }, 'maxBytes should be at least 1, got NaN'],
   ])('%j are refused with a reason', (options, message) => {
     expect(() => lruAt({ ms: 0 }, options)).toThrow(new RangeError(message))
   })
 
-  test('a bound of 100,000,000 entries takes no memory in advance', () => {
+  test('a bound of 30,000,000 entries takes no memory in advance', () => {
     const before = process.memoryUsage().arrayBuffers
-    const lru = lruAt({ ms: 0 }, { maxEntries: 100_000_000 })
+    const lru = lruAt({ ms: 0 }, { maxEntries: 30_000_000 })
     lru.set('a', 'A', 1)
     expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(1_000_000)
   })

@@ -5,7 +5,7 @@ import type { NearLog, NearState } from './near-log.ts'
 
 /** The bounds of a near cache. */
 export interface NearBounds {
-  /** 1 to 100,000,000. Default: 10,000. */
+  /** 1 to 30,000,000. Default: 10,000. */
   readonly maxEntries?: number | undefined
   /** About what all entries together may take. Default: 32 MiB. */
   readonly maxBytes?: number | undefined
