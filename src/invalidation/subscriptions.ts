@@ -413,7 +413,6 @@ export class Subscriptions implements Follower {
 function select(rows: readonly LogEntry[], request: WatchRequest): readonly LogEntry[] {
   const { ids, tags, exceptWriter } = request
   const all = ids.size === 0 && tags.size === 0
-  if (all && exceptWriter === undefined) return rows
   return rows.filter((row) => {
     if (exceptWriter !== undefined && row.writer === exceptWriter) return false
     if (all || row.kind === 'TENANT_INVALIDATED') return true
@@ -422,6 +421,9 @@ function select(rows: readonly LogEntry[], request: WatchRequest): readonly LogE
     return row.ids.some((id) => ids.has(id)) || row.tags.some((tag) => tags.has(tag))
   })
 }
+
+const wantsAll = ({ ids, tags, exceptWriter }: WatchRequest): boolean =>
+  ids.size === 0 && tags.size === 0 && exceptWriter === undefined
 
 const NOBODY: Iterator<Watcher, undefined> = new Set<Watcher>().values()
 
@@ -440,12 +442,18 @@ interface WatchedLog {
 
 /**
  * One watcher. It is asked for a message when the last one has been taken, and answers at once: with a message, or with none,
- * and then it wakes who has asked. So an event costs a watcher that keeps up two function calls, and no promise.
+ * and then it wakes who has asked. Who was given the last message there is need not ask again. So an event costs a watcher that
+ * keeps up two function calls, and no promise.
  */
 export class Watcher implements Disposable {
   readonly #request: WatchRequest
   readonly #signals: WatchSignals
   readonly #log: WatchedLog
+  // What every event needs, where it is found with as few looks as can be: a thousand watchers are in no cache.
+  readonly #view: View
+  readonly #ring: Ring
+  readonly #wantsAll: boolean
+  readonly #isDelayed: boolean
   readonly #startedMs: number
   /** What was sent last, or was of no concern. */
   #cursor: Revision
@@ -453,7 +461,7 @@ export class Watcher implements Disposable {
   #provenMs = Number.NEGATIVE_INFINITY
   #started = false
   #saidDraining = false
-  /** Has been asked, had nothing, and will wake. */
+  /** Has nothing more, and will wake. */
   #waiting = false
   /** Lets rows wait for others. */
   #delay: NodeJS.Timeout | undefined
@@ -471,8 +479,17 @@ export class Watcher implements Disposable {
     this.#request = request
     this.#signals = signals
     this.#log = log
+    this.#view = log.view
+    this.#ring = log.ring
+    this.#wantsAll = wantsAll(request)
+    this.#isDelayed = request.maxBatchDelayMs > 0
     this.#cursor = log.from
     this.#startedMs = log.now()
+  }
+
+  /** Who was given a message need not ask for another one: there is none, and it wakes when there may be. */
+  get isWaiting(): boolean {
+    return this.#waiting
   }
 
   /**
@@ -480,16 +497,21 @@ export class Watcher implements Disposable {
    * `draining` comes. Throws what ends the stream.
    */
   next(): WatchMessage | undefined {
-    const { view, ring, metrics, now, oldestResumable } = this.#log
-    const { heartbeatMs } = this.#request
+    const view = this.#view
     this.#waiting = false
     if (!this.#started) {
       this.#started = true
-      return { kind: 'started', position: this.#cursor, oldestResumable, heartbeatMs }
+      const { oldestResumable } = this.#log
+      return {
+        kind: 'started',
+        position: this.#cursor,
+        oldestResumable,
+        heartbeatMs: this.#request.heartbeatMs,
+      }
     }
     if (this.#heartbeat === 'taken') {
       this.#heartbeat = 'coming'
-      this.#wakeIn(heartbeatMs)
+      this.#wakeIn(this.#request.heartbeatMs)
     }
     for (;;) {
       const cursor = this.#cursor
@@ -504,7 +526,7 @@ export class Watcher implements Disposable {
       if (cursor >= end) this.#provenMs = view.heardMs
       // No batch puts a heartbeat off: it alone tells how current the stream is. There is none while this instance does
       // not hear of the log itself, or the watcher has fallen behind.
-      if (this.#heartbeat === 'due' && now() - this.#provenMs <= HEARD_BOUND_MS) {
+      if (this.#heartbeat === 'due' && this.#log.now() - this.#provenMs <= HEARD_BOUND_MS) {
         this.#heartbeat = 'taken'
         return { kind: 'heartbeat', revision: cursor, heardMs: this.#provenMs - this.#startedMs }
       }
@@ -514,31 +536,33 @@ export class Watcher implements Disposable {
         return undefined
       }
       const fetched = this.#fetched
-      if (fetched === undefined && cursor < ring.base) {
+      if (fetched === undefined && cursor < this.#ring.base) {
         void this.#fetch(cursor, end)
         return undefined
       }
       this.#fetched = undefined
-      const rows = fetched?.rows ?? ring.after(cursor)
+      const rows = fetched?.rows ?? this.#ring.after(cursor)
       const next = rows[0]
       if (next === undefined || next.revision > cursor + 1) {
         const through = next === undefined ? (fetched?.end ?? end) : next.revision - 1
-        metrics.gapsSent++
+        this.#log.metrics.gapsSent++
         this.#cursor = through
         return { kind: 'gap', after: cursor, through }
       }
       this.#cursor = rows.at(-1)?.revision ?? cursor
-      if (this.#cursor >= view.position) this.#provenMs = view.heardMs
-      const wanted = select(rows, this.#request)
-      if (wanted.length > 0) return { kind: 'batch', rows: wanted }
+      const isLast = this.#cursor >= view.position
+      if (isLast) this.#provenMs = view.heardMs
+      const wanted = this.#wantsAll ? rows : select(rows, this.#request)
+      if (wanted.length === 0) continue
+      this.#waiting = isLast && this.#heartbeat !== 'due'
+      return { kind: 'batch', rows: wanted }
     }
   }
 
   /** There are new rows. */
   tell(): void {
     if (!this.#waiting || this.#delay !== undefined) return
-    const { maxBatchDelayMs } = this.#request
-    if (maxBatchDelayMs > 0) this.#delay = setTimeout(this.#delayed, maxBatchDelayMs)
+    if (this.#isDelayed) this.#delay = setTimeout(this.#delayed, this.#request.maxBatchDelayMs)
     else this.#signals.wake()
   }
 

@@ -265,6 +265,8 @@ export function unary<Request>(
 export interface Messages extends Disposable {
   /** The next message, or `undefined`: there is none, and it wakes when there may be. Throws what ends the stream. */
   next(): Reply | undefined
+  /** There is none after the last one, and it wakes when there may be. */
+  readonly isWaiting?: boolean
 }
 
 export interface StreamSignals {
@@ -300,6 +302,8 @@ export function serverStream<Request>(
     let context: CallContext | undefined
     let messages: Messages | undefined
     let leaving = false
+    /** It has woken while a message was leaving. */
+    let awake = false
     let weight = 0
     let over = false
     let deadline: NodeJS.Timeout | undefined
@@ -316,11 +320,21 @@ export function serverStream<Request>(
       gone.abort(error)
       call.refuse(account.fail(context, error))
     }
+    const reserve = () => {
+      const tenant = context?.tenant ?? ''
+      if (!frame.unsent.hasRoomFor(weight, tenant)) {
+        weight = 0
+        throw tooMuchUnsent()
+      }
+      frame.unsent.add(weight, tenant)
+    }
     const release = () => {
+      if (weight === 0) return
       frame.unsent.release(weight, context?.tenant ?? '')
       weight = 0
     }
     const pump = () => {
+      awake = leaving
       if (over || leaving || messages === undefined) return
       try {
         const reply = messages.next()
@@ -330,13 +344,8 @@ export function serverStream<Request>(
       }
     }
     const write = (reply: Reply) => {
-      const tenant = context?.tenant ?? ''
       weight = weightOf(reply)
-      if (!frame.unsent.hasRoomFor(weight, tenant)) {
-        weight = 0
-        throw tooMuchUnsent()
-      }
-      frame.unsent.add(weight, tenant)
+      if (weight > 0) reserve()
       account.sentBytes += reply.byteLength
       leaving = true
       call.write(reply, left)
@@ -345,7 +354,7 @@ export function serverStream<Request>(
       release()
       if (error) return
       leaving = false
-      pump()
+      if (awake || messages?.isWaiting !== true) pump()
     }
     const leave = () => {
       release()

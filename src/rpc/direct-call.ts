@@ -9,9 +9,9 @@
 import { constants, type IncomingHttpHeaders, type ServerHttp2Stream } from 'node:http2'
 import { gunzip, inflate } from 'node:zlib'
 import { ItemCacheError } from '../errors.ts'
-import { sendOkTrailers } from './ok-trailers.ts'
 import type { Reply } from './service-definition.ts'
 import { ACCEPTED_ENCODINGS, type Status, trailers, trailersOnly } from './status.ts'
+import { sendOkTrailers, writePastQueue } from './stream-handle.ts'
 import { weightOf } from './unsent.ts'
 import { Framed, framed, PREFIX_BYTES } from './wire.ts'
 
@@ -167,7 +167,8 @@ export class DirectCall {
     if (weightOf(reply) === 0) {
       // Past the stream's queue, so that the end goes with it. The stream may be closed before the socket has taken anything: whoever
       // wants to know that counts larger answers.
-      stream._write(frameOf(reply), 'buffer' as BufferEncoding, nobodyAsks)
+      const bytes = frameOf(reply)
+      if (!writePastQueue(stream, bytes)) stream._write(bytes, 'buffer' as BufferEncoding, nobodyAsks)
     } else if (reply instanceof Framed && reply.isLent) {
       stream.write(reply.bytes, (error) => {
         // The socket has taken all of it, unless the stream was destroyed: then Node calls back, without an error, although
@@ -180,7 +181,7 @@ export class DirectCall {
 
   /**
    * One of many messages, as it is when it is framed: many calls may be sent the same bytes. `left` is called when the network
-   * has taken them, or with why it will not; not always when the caller goes away.
+   * has taken them, or with why it will not; not always when the caller goes away. The next one comes after that.
    */
   write(reply: Reply, left: (error?: Error | null) => void): void {
     if (this.#answered) return
@@ -191,7 +192,8 @@ export class DirectCall {
       this.#begun = true
       stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     }
-    stream.write(frameOf(reply), left)
+    const bytes = frameOf(reply)
+    if (!writePastQueue(stream, bytes, left)) stream.write(bytes, left)
   }
 
   /** Ends the call, after what has been written. */

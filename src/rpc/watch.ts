@@ -9,11 +9,11 @@ import {
   type WatchInvalidationsRequest,
   WatchInvalidationsResponseSchema,
 } from '../gen/itemcache/v1/item_cache_pb.ts'
-import type { Subscriptions, WatchMessage, WatchRequest } from '../invalidation/subscriptions.ts'
+import type { Subscriptions, Watcher, WatchMessage, WatchRequest } from '../invalidation/subscriptions.ts'
 import { LIMITS } from '../item.ts'
 import { DEFAULT_READ, type Reader } from '../service/read.ts'
 import type { LogEntry } from '../tiers/tier.ts'
-import type { CallContext, StreamHandler } from './call.ts'
+import type { CallContext, Messages, StreamHandler } from './call.ts'
 import { toDuration } from './status.ts'
 import {
   checkId,
@@ -54,13 +54,7 @@ export function watchInvalidations(
   return async (request, context, signals) => {
     const watch = watchRequest(request, context)
     const watcher = await subscriptions.watch(watch, signals)
-    if (!request.includeItems) {
-      const next = () => {
-        const message = watcher.next()
-        return message && encode(message)
-      }
-      return { next, [Symbol.dispose]: () => watcher[Symbol.dispose]() }
-    }
+    if (!request.includeItems) return new Encoded(watcher)
     let batch: Batch | undefined
     /** What it was made, once its items have been read. */
     let carrying: { readonly reply: Framed } | { readonly error: unknown } | undefined
@@ -143,41 +137,69 @@ function watchRequest(request: WatchInvalidationsRequest, context: CallContext):
   }
 }
 
-type Batch = WatchMessage & { readonly kind: 'batch' }
+/** A watcher's messages, as they are sent. */
+class Encoded implements Messages {
+  readonly #watcher: Watcher
+
+  constructor(watcher: Watcher) {
+    this.#watcher = watcher
+  }
+
+  get isWaiting(): boolean {
+    return this.#watcher.isWaiting
+  }
+
+  next(): Framed | undefined {
+    const message = this.#watcher.next()
+    return message && encode(message)
+  }
+
+  [Symbol.dispose](): void {
+    this.#watcher[Symbol.dispose]()
+  }
+}
+
+type Batch = OfKind<'batch'>
 
 /** Batches that were encoded before: watchers at the same cursor share the array of rows, and so the bytes that are written. */
 const encoded = new WeakMap<readonly LogEntry[], Framed>()
 
-function encode(message: WatchMessage): Framed {
-  switch (message.kind) {
-    case 'batch': {
-      let bytes = encoded.get(message.rows)
-      if (bytes === undefined) {
-        bytes = encodeBatch(message.rows, undefined)
-        encoded.set(message.rows, bytes)
-      }
-      return bytes
+type OfKind<Kind> = WatchMessage & { readonly kind: Kind }
+
+/**
+ * Batches are most of what there is. The others are apart from them, and so is what V8 knows of their shapes: in one function it would
+ * compile them along with each batch, and again and again, since a shape that has changed meanwhile makes it drop the code.
+ */
+const ENCODERS: { readonly [Kind in WatchMessage['kind']]: (message: OfKind<Kind>) => Framed } = {
+  batch({ rows }) {
+    let bytes = encoded.get(rows)
+    if (bytes === undefined) {
+      bytes = encodeBatch(rows, undefined)
+      encoded.set(rows, bytes)
     }
-    case 'started':
-      return event({
-        case: 'started',
-        value: {
-          position: BigInt(message.position),
-          oldestResumable: BigInt(message.oldestResumable),
-          heartbeatInterval: toDuration(message.heartbeatMs),
-        },
-      })
-    case 'heartbeat':
-      return event({
-        case: 'heartbeat',
-        value: { revision: BigInt(message.revision), heardAfter: signedDuration(message.heardMs) },
-      })
-    case 'gap':
-      return event({ case: 'gap', value: { after: BigInt(message.after), through: BigInt(message.through) } })
-    case 'draining':
-      return event({ case: 'draining', value: { position: BigInt(message.position) } })
-  }
+    return bytes
+  },
+  started: ({ position, oldestResumable, heartbeatMs }) =>
+    event({
+      case: 'started',
+      value: {
+        position: BigInt(position),
+        oldestResumable: BigInt(oldestResumable),
+        heartbeatInterval: toDuration(heartbeatMs),
+      },
+    }),
+  heartbeat: ({ revision, heardMs }) =>
+    event({
+      case: 'heartbeat',
+      value: { revision: BigInt(revision), heardAfter: signedDuration(heardMs) },
+    }),
+  gap: ({ after, through }) =>
+    event({ case: 'gap', value: { after: BigInt(after), through: BigInt(through) } }),
+  draining: ({ position }) => event({ case: 'draining', value: { position: BigInt(position) } }),
 }
+
+const encode = (message: WatchMessage): Framed =>
+  (ENCODERS[message.kind] as (message: WatchMessage) => Framed)(message)
 
 function event(
   init: NonNullable<MessageInitShape<typeof WatchInvalidationsResponseSchema>['event']>,

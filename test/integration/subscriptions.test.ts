@@ -211,16 +211,34 @@ describe('a watcher', () => {
     await bed.write(50)
     await expect.poll(() => woken).toBe(1)
     expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 50 } })
-    // Who has not been told that there is nothing is not waiting.
-    await bed.write(1)
-    await turn()
-    expect(woken).toBe(1)
-    expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 1 } })
-    expect(watcher.next()).toBeUndefined()
     watcher[Symbol.dispose]()
     await bed.write(1)
     await turn()
     expect(woken).toBe(1)
+  })
+
+  test('that was given all there is need not ask again to be woken; one that was given a part is not waiting', async () => {
+    await using bed = new Bed()
+    let woken = 0
+    const wake = () => {
+      woken++
+    }
+    using watcher = await bed.follow(wake)
+    expect(watcher.next()).toMatchObject({ kind: 'started' })
+    await bed.write(501)
+    await turn()
+    expect([watcher.isWaiting, woken]).toEqual([false, 0])
+    expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 500 } })
+    await bed.write(1)
+    await turn()
+    expect([watcher.isWaiting, woken]).toEqual([false, 0])
+    expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 2 } })
+    expect(watcher.isWaiting).toBe(true)
+    await bed.write(1)
+    await expect.poll(() => woken).toBe(1)
+    expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 1 } })
+    expect(watcher.next()).toBeUndefined()
+    expect(watcher.isWaiting).toBe(true)
   })
 
   test('that falls behind the ring is served from PostgreSQL, and then from the ring again', async () => {

@@ -9,6 +9,7 @@ import {
 } from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import { duplexPair } from 'node:stream'
+import { Metadata } from '@grpc/grpc-js'
 import { expect, test, vi } from 'vitest'
 import { DirectCall } from '../../src/rpc/direct-call.ts'
 import { Framed } from '../../src/rpc/wire.ts'
@@ -156,6 +157,86 @@ test('an answer, its end and its trailers leave in one write', async () => {
   // The first call shows what Node makes of the trailers, and the settings of both sides are under way.
   expect(writes.slice(1)).toEqual([1, 1])
 })
+
+/** A call that is answered with messages, each when the test says so. */
+async function streamed(settings: Settings = {}) {
+  const [near, far] = duplexPair()
+  const server = createServer()
+  const taken = Promise.withResolvers<{ direct: DirectCall; stream: ServerHttp2Stream }>()
+  server.on('stream', (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => {
+    const direct = directCall(stream, headers)
+    stream.on('data', () => undefined).on('error', () => undefined)
+    stream.once('close', () => direct.closed())
+    taken.resolve({ direct, stream })
+  })
+  server.emit('connection', far)
+  const caller = connect('http://here', { createConnection: () => near, settings })
+  await once(caller, 'remoteSettings')
+  const call = caller.request({ ':method': 'POST', ':path': '/' })
+  call.on('error', () => undefined).end('a request')
+  const { direct, stream } = await taken.promise
+  const write = (text: string) => {
+    const left = vi.fn()
+    direct.write(new Framed(Buffer.from(text)), left)
+    return left
+  }
+  return { call, direct, stream, write, [Symbol.dispose]: () => caller.destroy() }
+}
+
+test('messages of a stream go past its queue in their order, tell when they have left, and the end comes behind them', async () => {
+  // The first one of the process shows what Node makes of it.
+  for (const written of [undefined, 0]) {
+    using open = await streamed()
+    const { call, direct, stream, write } = open
+    const queue = vi.spyOn(stream, '_write')
+    const [text, trailers] = [call.toArray(), once(call, 'trailers')]
+    for (const word of ['one ', 'two ', 'three ']) {
+      const left = write(word)
+      expect(left).not.toHaveBeenCalled()
+      await expect.poll(() => left.mock.calls).toHaveLength(1)
+      expect(left.mock.calls[0]?.[0] ?? null).toBe(null)
+    }
+    const last = write('four')
+    direct.refuse({ code: 0, details: 'that was all', metadata: new Metadata() })
+    expect(Buffer.concat(await text).toString()).toBe('one two three four')
+    expect((await trailers)[0]).toMatchObject({ 'grpc-status': '0' })
+    expect(last).toHaveBeenCalledOnce()
+    if (written !== undefined) expect(queue).toHaveBeenCalledTimes(written)
+  }
+})
+
+test('a message for which the reader has no room has not left until there is room', async () => {
+  using open = await streamed({ initialWindowSize: 5 })
+  const { call, write } = open
+  const first = write('12345')
+  await expect.poll(() => first.mock.calls).toHaveLength(1)
+  const second = write('67890')
+  for (let turns = 0; turns < 20; turns++) await new Promise((resolve) => setImmediate(resolve))
+  expect(second).not.toHaveBeenCalled()
+  call.resume()
+  await expect.poll(() => second.mock.calls).toHaveLength(1)
+})
+
+test.each(['the caller resets the stream', 'the server destroys the stream'])(
+  'messages to a stream break nothing when %s while one is under way',
+  async (how) => {
+    using open = await streamed({ initialWindowSize: 5 })
+    const { call, stream, write } = open
+    const first = write('12345')
+    await expect.poll(() => first.mock.calls).toHaveLength(1)
+    write('67890')
+    const closed = once(stream, 'close')
+    if (how.startsWith('the caller')) call.close(8)
+    else {
+      stream.destroy()
+      write('too late')
+    }
+    await closed
+    const left = write('later still')
+    for (let turns = 0; turns < 5; turns++) await new Promise((resolve) => setImmediate(resolve))
+    expect(left).not.toHaveBeenCalled()
+  },
+)
 
 test.each([
   { bytes: 100_000, isOver: 'not' },

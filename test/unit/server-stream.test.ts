@@ -92,8 +92,8 @@ test('a stream whose reader takes nothing is given up when the server can wait n
   expect(call.messages).toHaveLength(1)
 })
 
-/** A stream of what a test pushes. */
-function fedStream(call = new SlowCall()) {
+/** A stream of what a test pushes. `saysSo`: when it has nothing more. */
+function fedStream(call = new SlowCall(), saysSo = false) {
   const queue: Uint8Array[] = []
   const fed = { queue, disposed: 0, asked: 0, wake: () => {} }
   const served = serve(call, ({ wake }) => {
@@ -102,6 +102,9 @@ function fedStream(call = new SlowCall()) {
       next: () => {
         fed.asked++
         return queue.shift()
+      },
+      get isWaiting() {
+        return saysSo && queue.length === 0
       },
       [Symbol.dispose]: () => {
         fed.disposed++
@@ -126,6 +129,41 @@ test('a message is written in the very turn in which it comes, and the one after
   expect(call.messages).toHaveLength(2)
   call.take()
   expect(call.messages).toHaveLength(3)
+})
+
+test('a stream that has said that it has nothing more is asked again when it wakes, if only while a message is leaving', () => {
+  const { call, push, fed } = fedStream(new SlowCall(), true)
+  fed.queue.push(new Uint8Array(1), new Uint8Array(2))
+  fed.wake()
+  call.take()
+  expect(call.messages).toHaveLength(2)
+  const { asked } = fed
+  call.take()
+  expect(fed.asked).toBe(asked)
+  push(3)
+  expect(call.messages).toHaveLength(3)
+  fed.wake()
+  call.take()
+  expect(fed.asked).toBe(asked + 2)
+})
+
+test('a stream that waits while its last message leaves hears that the server drains', async () => {
+  const call = new SlowCall()
+  const { draining, failure } = serve(call, (signals) => {
+    const left = [new Uint8Array(1)]
+    return {
+      next() {
+        signals.draining.throwIfAborted()
+        return left.shift()
+      },
+      isWaiting: true,
+      [Symbol.dispose]: () => {},
+    }
+  })
+  expect(call.messages).toHaveLength(1)
+  draining.abort(DRAINING)
+  call.take()
+  expect((await failure).code).toBe(status.UNAVAILABLE)
 })
 
 test('a large message counts as unsent until it has left, or its reader has, and no longer', () => {
