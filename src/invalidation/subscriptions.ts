@@ -449,7 +449,7 @@ export class Watcher implements Disposable {
   readonly #request: WatchRequest
   readonly #signals: WatchSignals
   readonly #log: WatchedLog
-  // What every event needs, where it is found with as few looks as can be: a thousand watchers are in no cache.
+  // What every event needs, where it is found with as few looks as can be: a thousand watchers are not in the processor's cache.
   readonly #view: View
   readonly #ring: Ring
   readonly #wantsAll: boolean
@@ -487,7 +487,7 @@ export class Watcher implements Disposable {
     this.#startedMs = log.now()
   }
 
-  /** Who was given a message need not ask for another one: there is none, and it wakes when there may be. */
+  /** True: there is no message after the one just given; it wakes when there may be. */
   get isWaiting(): boolean {
     return this.#waiting
   }

@@ -265,7 +265,7 @@ export function unary<Request>(
 export interface Messages extends Disposable {
   /** The next message, or `undefined`: there is none, and it wakes when there may be. Throws what ends the stream. */
   next(): Reply | undefined
-  /** There is none after the last one, and it wakes when there may be. */
+  /** True: there is none after the one just given; it wakes when there may be. Who does not say so is asked. */
   readonly isWaiting?: boolean
 }
 
@@ -286,8 +286,8 @@ export type StreamHandler<Request> = (
 ) => Messages | Promise<Messages>
 
 /**
- * The frame of every server stream. A message is asked for when the one before has left for the network: nothing is queued
- * for a slow reader. What is there when the handler wakes is written at once.
+ * The frame of every server stream. A message is asked for when the one before has left for the network, unless it was the last for now:
+ * nothing is queued for a slow reader. What is there when the handler wakes is written at once.
  */
 export function serverStream<Request>(
   frame: CallFrame,

@@ -184,11 +184,9 @@ export class DirectCall {
    * has taken them, or with why it will not; not always when the caller goes away. The next one comes after that.
    */
   write(reply: Reply, left: (error?: Error | null) => void): void {
-    if (this.#answered) return
     const stream = this.#stream
-    // Asked once: what is written to a stream that is closed later only fails.
+    if (this.#answered || stream.closed || stream.destroyed) return
     if (!this.#begun) {
-      if (stream.destroyed || stream.closed) return
       this.#begun = true
       stream.respond(RESPONSE_HEADERS, WITH_TRAILERS)
     }

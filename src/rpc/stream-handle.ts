@@ -4,13 +4,14 @@
  * Trailers: nghttp2 asks for them when it takes the end of the message, and wants them then. Node tells us that, but passes on what we
  * answer from an immediate, when the message has left, so that a call that is alone costs a second system call.
  *
- * Messages: a stream of Node's makes four closures and a tick for each, which is a sixth of what a delivery to a watcher costs.
+ * Messages: what a stream of Node's does to keep its queue and its timers is a sixth of what a delivery to a watcher costs.
  *
  * How Node does both is seen when it first does. A Node that does it differently goes on as it does.
  *
  * https://nghttp2.org/documentation/types.html#c.nghttp2_data_source_read_callback2
  */
 import { constants, type ServerHttp2Stream } from 'node:http2'
+import { constants as system } from 'node:os'
 import { getSystemErrorName } from 'node:util'
 
 const OK_TRAILERS = { 'grpc-status': '0' }
@@ -19,28 +20,30 @@ const OK_TRAILERS = { 'grpc-status': '0' }
 interface Handle {
   /** Takes headers in a form of Node's own. Negative: they were not taken. */
   trailers: (list: unknown) => number
-  /** Without a request it makes one, and a number when it is over at once: 0, or a negative one of an error. */
-  writeBuffer: (request: null, bytes: Buffer) => number | WriteRequest
+  /** Without a request it makes one, and a number when it is over at once: 0, or a negative one of an error. Of a stream that is gone: nothing. */
+  writeBuffer: (request: null, bytes: Buffer) => number | WriteRequest | undefined
 }
 
 /** What is under way to the socket. */
 interface WriteRequest {
   /** Kept from being collected until it has left. */
   buffer?: Buffer
-  left?: Left
-  /** Called when it has left, or will not: then `status` is negative. */
+  callback?: Left
+  /** Called when it has left, or will not: then `status` is negative. Never, when the stream had been shut before. */
   oncomplete?: (this: WriteRequest, status: number) => void
-  /** Null: it is under way, and will complete. */
+  /** Null: it has not completed yet. */
   readonly writeStatus: number | null
 }
+
+const GONE = -system.errno.ECANCELED
 
 type Left = (error?: Error | null) => void
 
 let handleKey: symbol | undefined
 /** What Node tells a handle of our trailers. */
 let okList: unknown
-/** Whether Node writes to a handle without a request. */
-let makesRequests = false
+/** Whether Node writes to a handle without a request; `undefined`: it has not been seen yet. */
+let makesRequests: boolean | undefined
 
 /** A listener for `wantTrailers`. */
 export function sendOkTrailers(this: ServerHttp2Stream): void {
@@ -54,32 +57,30 @@ export function sendOkTrailers(this: ServerHttp2Stream): void {
 }
 
 /**
- * Writes to a stream that has nothing in its queue, and no end behind it; false: not in this way. `left` is called when the socket has
- * taken all of it, or will not; without `left` nobody hears of that.
+ * Writes to a stream that has nothing in its queue, and has neither ended nor been closed; false: not in this way. `left` is called when
+ * the socket has taken all of it, or will not; without `left` nobody hears of that.
  */
 export function writePastQueue(stream: ServerHttp2Stream, bytes: Buffer, left?: Left): boolean {
   const handle = handleOf(stream)
   if (handle === undefined) return false
-  if (!makesRequests) {
-    if (typeof handle.writeBuffer === 'function') observeWrite(handle)
-    return false
-  }
+  if (makesRequests === undefined && typeof handle.writeBuffer === 'function') observeWrite(handle)
+  if (makesRequests !== true) return false
   const request = handle.writeBuffer(null, bytes)
-  if (typeof request === 'number') {
-    left?.(failure(request))
+  if (typeof request !== 'object') {
+    left?.(failure(request ?? GONE))
     return true
   }
   request.buffer = bytes
   if (left === undefined) return true
   if (request.writeStatus === null) {
-    request.left = left
+    request.callback = left
     request.oncomplete = tell
   } else left(failure(request.writeStatus))
   return true
 }
 
 function tell(this: WriteRequest, status: number): void {
-  this.left?.(failure(status))
+  this.callback?.(failure(status))
 }
 
 const failure = (status: number) => (status < 0 ? new Error(`write: ${getSystemErrorName(status)}`) : null)

@@ -167,8 +167,8 @@ const encoded = new WeakMap<readonly LogEntry[], Framed>()
 type OfKind<Kind> = WatchMessage & { readonly kind: Kind }
 
 /**
- * Batches are most of what there is. The others are apart from them, and so is what V8 knows of their shapes: in one function it would
- * compile them along with each batch, and again and again, since a shape that has changed meanwhile makes it drop the code.
+ * Batches are most of what there is. In one function V8 would optimise the rare kinds together with them, and throw the code away each time
+ * since the shape of a rare one has changed (docs/performance.md#where-each-microsecond-of-a-delivery-goes).
  */
 const ENCODERS: { readonly [Kind in WatchMessage['kind']]: (message: OfKind<Kind>) => Framed } = {
   batch({ rows }) {

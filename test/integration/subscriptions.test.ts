@@ -309,6 +309,26 @@ describe('a watcher', () => {
     expect(await waiting).toMatchObject({ kind: 'batch' })
   })
 
+  test('that is owed a heartbeat asks for it behind the rows that had to come first', async () => {
+    await using bed = new Bed()
+    await bed.write(1)
+    let woken = 0
+    const wake = () => {
+      woken++
+    }
+    const { gone, draining, subscriptions } = bed
+    const signals = { gone: gone.signal, draining: draining.signal, wake }
+    using watcher = await subscriptions.watch(bed.request({ heartbeatMs: 100 }), signals)
+    expect(watcher.next()).toMatchObject({ kind: 'started' })
+    expect(watcher.next()).toBeUndefined()
+    bed.nowMs += 2000
+    await expect.poll(() => woken).toBe(1)
+    await bed.write(1)
+    expect(watcher.next()).toMatchObject({ kind: 'batch' })
+    expect(watcher.isWaiting).toBe(false)
+    expect(watcher.next()).toMatchObject({ kind: 'heartbeat' })
+  })
+
   test('gets heartbeats also when there is always something to send, each with how current it is', async () => {
     await using bed = new Bed()
     const { stream } = await bed.watching({ heartbeatMs: 100 })

@@ -9,6 +9,8 @@ import {
 } from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import { duplexPair } from 'node:stream'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import { Metadata } from '@grpc/grpc-js'
 import { expect, test, vi } from 'vitest'
 import { DirectCall } from '../../src/rpc/direct-call.ts'
@@ -217,14 +219,40 @@ test('a message for which the reader has no room has not left until there is roo
   await expect.poll(() => second.mock.calls).toHaveLength(1)
 })
 
+test('a message that nobody else holds any more arrives as it was written, however long its reader waits', async () => {
+  setFlagsFromString('--expose-gc')
+  const collect = runInNewContext('gc') as () => void
+  using open = await streamed({ initialWindowSize: 5000 })
+  const { call, direct } = open
+  const BYTES = 200_000
+  const others: Buffer[] = []
+  let written = 0
+  const next = () => {
+    if (written === 3) return direct.refuse({ code: 0, details: '', metadata: new Metadata() })
+    written++
+    direct.write(new Framed(Buffer.allocUnsafeSlow(BYTES).fill(written)), next)
+    setImmediate(() => {
+      collect()
+      for (let n = 0; n < 50; n++) others.push(Buffer.allocUnsafeSlow(BYTES).fill(0))
+    })
+  }
+  next()
+  const received = new Map<number, number>()
+  for await (const chunk of call) {
+    for (const byte of chunk as Buffer) received.set(byte, (received.get(byte) ?? 0) + 1)
+    await new Promise((resolve) => setImmediate(resolve))
+  }
+  expect([...received]).toEqual([1, 2, 3].map((byte) => [byte, BYTES]))
+})
+
 test.each(['the caller resets the stream', 'the server destroys the stream'])(
-  'messages to a stream break nothing when %s while one is under way',
+  'a message under way fails when %s, and those after it break nothing',
   async (how) => {
     using open = await streamed({ initialWindowSize: 5 })
     const { call, stream, write } = open
     const first = write('12345')
     await expect.poll(() => first.mock.calls).toHaveLength(1)
-    write('67890')
+    const underWay = write('67890')
     const closed = once(stream, 'close')
     if (how.startsWith('the caller')) call.close(8)
     else {
@@ -232,9 +260,8 @@ test.each(['the caller resets the stream', 'the server destroys the stream'])(
       write('too late')
     }
     await closed
-    const left = write('later still')
-    for (let turns = 0; turns < 5; turns++) await new Promise((resolve) => setImmediate(resolve))
-    expect(left).not.toHaveBeenCalled()
+    write('later still')
+    await expect.poll(() => underWay.mock.calls).toEqual([[expect.any(Error)]])
   },
 )
 
