@@ -1,7 +1,7 @@
 /** Subscriptions on a real log. The tail is not started: it looks only when a test says so. */
 import { setImmediate as turn } from 'node:timers/promises'
 import { create } from '@bufbuild/protobuf'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { WatchInvalidationsRequestSchema } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import {
   type SubscriptionLimits,
@@ -79,9 +79,12 @@ class Bed implements AsyncDisposable {
     }
   }
 
-  follow(wake: () => void) {
+  /** A watcher that is asked by hand, and how often it wakes. */
+  async follow(request: Partial<WatchRequest> = {}) {
     const { gone, draining } = this
-    return this.subscriptions.watch(this.request(), { gone: gone.signal, draining: draining.signal, wake })
+    const wake = vi.fn()
+    const signals = { gone: gone.signal, draining: draining.signal, wake }
+    return { watcher: await this.subscriptions.watch(this.request(request), signals), wake }
   }
 
   watch(request: Partial<WatchRequest> = {}) {
@@ -201,41 +204,35 @@ describe('a watcher', () => {
 
   test('is woken once for what is applied together', async () => {
     await using bed = new Bed()
-    let woken = 0
-    const wake = () => {
-      woken++
-    }
-    using watcher = await bed.follow(wake)
+    const { watcher: followed, wake } = await bed.follow()
+    using watcher = followed
     expect(watcher.next()).toMatchObject({ kind: 'started' })
     expect(watcher.next()).toBeUndefined()
     await bed.write(50)
-    await expect.poll(() => woken).toBe(1)
+    await expect.poll(() => wake.mock.calls.length).toBe(1)
     expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 50 } })
     watcher[Symbol.dispose]()
     await bed.write(1)
     await turn()
-    expect(woken).toBe(1)
+    expect(wake).toHaveBeenCalledTimes(1)
   })
 
   test('that was given all there is need not ask again to be woken; one that was given a part is not waiting', async () => {
     await using bed = new Bed()
-    let woken = 0
-    const wake = () => {
-      woken++
-    }
-    using watcher = await bed.follow(wake)
+    const { watcher: followed, wake } = await bed.follow()
+    using watcher = followed
     expect(watcher.next()).toMatchObject({ kind: 'started' })
     await bed.write(501)
     await turn()
-    expect([watcher.isWaiting, woken]).toEqual([false, 0])
+    expect([watcher.isWaiting, wake.mock.calls.length]).toEqual([false, 0])
     expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 500 } })
     await bed.write(1)
     await turn()
-    expect([watcher.isWaiting, woken]).toEqual([false, 0])
+    expect([watcher.isWaiting, wake.mock.calls.length]).toEqual([false, 0])
     expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 2 } })
     expect(watcher.isWaiting).toBe(true)
     await bed.write(1)
-    await expect.poll(() => woken).toBe(1)
+    await expect.poll(() => wake.mock.calls.length).toBe(1)
     expect(watcher.next()).toMatchObject({ kind: 'batch', rows: { length: 1 } })
     expect(watcher.next()).toBeUndefined()
     expect(watcher.isWaiting).toBe(true)
@@ -312,17 +309,12 @@ describe('a watcher', () => {
   test('that is owed a heartbeat asks for it behind the rows that had to come first', async () => {
     await using bed = new Bed()
     await bed.write(1)
-    let woken = 0
-    const wake = () => {
-      woken++
-    }
-    const { gone, draining, subscriptions } = bed
-    const signals = { gone: gone.signal, draining: draining.signal, wake }
-    using watcher = await subscriptions.watch(bed.request({ heartbeatMs: 100 }), signals)
+    const { watcher: followed, wake } = await bed.follow({ heartbeatMs: 100 })
+    using watcher = followed
     expect(watcher.next()).toMatchObject({ kind: 'started' })
     expect(watcher.next()).toBeUndefined()
     bed.nowMs += 2000
-    await expect.poll(() => woken).toBe(1)
+    await expect.poll(() => wake.mock.calls.length).toBe(1)
     await bed.write(1)
     expect(watcher.next()).toMatchObject({ kind: 'batch' })
     expect(watcher.isWaiting).toBe(false)
