@@ -17,7 +17,7 @@ import { startPostgres } from '../src/embedded/postgres.ts'
 import { startRedis } from '../src/embedded/redis.ts'
 import { ItemCacheService, type MetricsSnapshot } from '../src/gen/itemcache/v1/item_cache_pb.ts'
 import { makeRunDirectory } from '../test/support/run-directory.ts'
-import { type Asked, SERVER_ARGUMENTS, start } from './control.ts'
+import { type Asked, SERVER_ARGUMENTS, SERVER_ENVIRONMENT, start } from './control.ts'
 
 const ROOT = join(import.meta.dirname, '..')
 
@@ -83,6 +83,7 @@ export async function startBed(): Promise<Bed> {
       core: options.core,
       execArgv: [...SERVER_ARGUMENTS, ...(options.execArgv ?? [])],
       env: {
+        ...SERVER_ENVIRONMENT,
         DATABASE_URL: postgres.url,
         REDIS_URL: redis.url,
         ORIGIN_URL: 'off',

@@ -37,13 +37,17 @@ export function cpuUs(): number {
   return user + system
 }
 
+const START: string = JSON.parse(readFileSync(join(import.meta.dirname, '..', 'package.json'), 'utf8'))
+  .scripts.start
+const [, TUNABLES, ARGUMENTS] =
+  /GLIBC_TUNABLES=\$\{GLIBC_TUNABLES-(\S+)\} exec node (.*) src\/main\.ts$/.exec(START) ?? []
+if (TUNABLES === undefined || ARGUMENTS === undefined) throw new Error(`cannot read npm start: ${START}`)
+
 /** What `npm start` gives Node. */
-export const SERVER_ARGUMENTS: readonly string[] =
-  /exec node (.*) src\/main\.ts$/
-    .exec(
-      JSON.parse(readFileSync(join(import.meta.dirname, '..', 'package.json'), 'utf8')).scripts.start,
-    )?.[1]
-    ?.split(' ') ?? []
+export const SERVER_ARGUMENTS: readonly string[] = ARGUMENTS.split(' ')
+export const SERVER_ENVIRONMENT: Readonly<Record<string, string>> = {
+  GLIBC_TUNABLES: process.env['GLIBC_TUNABLES'] ?? TUNABLES,
+}
 
 /** A process that answers. Disposed, it is killed: it holds nothing that matters. */
 export interface Asked extends AsyncDisposable {
@@ -139,4 +143,8 @@ export const SERVER_CORE = second === undefined ? undefined : first
 export const LOAD_CORE = second
 
 /** How a server runs that ours is compared with. */
-export const SERVER: StartOptions = { core: SERVER_CORE, execArgv: SERVER_ARGUMENTS }
+export const SERVER: StartOptions = {
+  core: SERVER_CORE,
+  execArgv: SERVER_ARGUMENTS,
+  env: SERVER_ENVIRONMENT,
+}

@@ -1,5 +1,7 @@
 import { execFileSync } from 'node:child_process'
+import { readFileSync } from 'node:fs'
 import { expect, test } from 'vitest'
+import { SERVER_ARGUMENTS } from '../../bench/control.ts'
 import { picture } from '../../bench/picture.ts'
 import { figure, judge, markdownTable, median, percentile, textTable } from '../../bench/report.ts'
 import { CASES, type Row } from '../../bench/rows.ts'
@@ -24,6 +26,16 @@ test('--list names every case and every row with its target', () => {
   }
   const ids = CASES.flatMap(({ rows }) => rows.map(({ id }) => id))
   expect(new Set(ids).size).toBe(ids.length)
+})
+
+test('npm start, the image and the servers that are measured run Node alike', () => {
+  const image = readFileSync('Dockerfile', 'utf8')
+  const command: readonly string[] = JSON.parse(/^CMD (.*)$/m.exec(image)?.[1] ?? '')
+  const tunables = /^ENV GLIBC_TUNABLES=(.*)$/m.exec(image)?.[1]
+  expect(command).toEqual(['node', ...SERVER_ARGUMENTS, 'src/main.ts'])
+  expect(JSON.parse(readFileSync('package.json', 'utf8')).scripts.start).toBe(
+    `node setup.mjs && GLIBC_TUNABLES=\${GLIBC_TUNABLES-${tunables}} exec ${command.join(' ')}`,
+  )
 })
 
 test('a case that does not exist is named, and nothing is measured', () => {
