@@ -17,7 +17,7 @@ import { startPostgres } from '../src/embedded/postgres.ts'
 import { startRedis } from '../src/embedded/redis.ts'
 import { ItemCacheService, type MetricsSnapshot } from '../src/gen/itemcache/v1/item_cache_pb.ts'
 import { makeRunDirectory } from '../test/support/run-directory.ts'
-import { type Asked, SERVER_ARGUMENTS, SERVER_ENVIRONMENT, start } from './control.ts'
+import { type Asked, asServer, start } from './control.ts'
 
 const ROOT = join(import.meta.dirname, '..')
 
@@ -77,22 +77,24 @@ export async function startBed(): Promise<Bed> {
     return client
   }
   const instance: Bed['instance'] = async (env = {}, options = {}) => {
-    const started = start(join(ROOT, 'src', 'main.ts'), {
-      cwd: directory.path,
-      stdout: 'pipe',
-      core: options.core,
-      execArgv: [...SERVER_ARGUMENTS, ...(options.execArgv ?? [])],
-      env: {
-        ...SERVER_ENVIRONMENT,
-        DATABASE_URL: postgres.url,
-        REDIS_URL: redis.url,
-        ORIGIN_URL: 'off',
-        ITEMCACHE_LISTEN: '127.0.0.1:0',
-        ITEMCACHE_ADMIN_LISTEN: '127.0.0.1:0',
-        ITEMCACHE_LOG_LEVEL: 'error',
-        ...env,
-      },
-    })
+    const started = start(
+      join(ROOT, 'src', 'main.ts'),
+      asServer({
+        cwd: directory.path,
+        stdout: 'pipe',
+        core: options.core,
+        execArgv: options.execArgv ?? [],
+        env: {
+          DATABASE_URL: postgres.url,
+          REDIS_URL: redis.url,
+          ORIGIN_URL: 'off',
+          ITEMCACHE_LISTEN: '127.0.0.1:0',
+          ITEMCACHE_ADMIN_LISTEN: '127.0.0.1:0',
+          ITEMCACHE_LOG_LEVEL: 'error',
+          ...env,
+        },
+      }),
+    )
     running.use(started)
     const { grpc, admin } = await banner(started.child)
     const client = new Client(grpc, credentials.createInsecure())

@@ -43,12 +43,6 @@ const [, TUNABLES, ARGUMENTS] =
   /GLIBC_TUNABLES=\$\{GLIBC_TUNABLES-(\S+)\} exec node (.*) src\/main\.ts$/.exec(START) ?? []
 if (TUNABLES === undefined || ARGUMENTS === undefined) throw new Error(`cannot read npm start: ${START}`)
 
-/** What `npm start` gives Node. */
-export const SERVER_ARGUMENTS: readonly string[] = ARGUMENTS.split(' ')
-export const SERVER_ENVIRONMENT: Readonly<Record<string, string>> = {
-  GLIBC_TUNABLES: process.env['GLIBC_TUNABLES'] ?? TUNABLES,
-}
-
 /** A process that answers. Disposed, it is killed: it holds nothing that matters. */
 export interface Asked extends AsyncDisposable {
   readonly pid: number
@@ -142,9 +136,12 @@ const [first, second] = cores()
 export const SERVER_CORE = second === undefined ? undefined : first
 export const LOAD_CORE = second
 
+/** How a server runs that is measured, ours or another: with what `npm start` gives Node. */
+export const asServer = ({ execArgv = [], env, ...options }: StartOptions): StartOptions => ({
+  ...options,
+  execArgv: [...ARGUMENTS.split(' '), ...execArgv],
+  env: { GLIBC_TUNABLES: process.env['GLIBC_TUNABLES'] ?? TUNABLES, ...env },
+})
+
 /** How a server runs that ours is compared with. */
-export const SERVER: StartOptions = {
-  core: SERVER_CORE,
-  execArgv: SERVER_ARGUMENTS,
-  env: SERVER_ENVIRONMENT,
-}
+export const SERVER = asServer({ core: SERVER_CORE })

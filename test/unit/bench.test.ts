@@ -1,7 +1,7 @@
 import { execFileSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { expect, test } from 'vitest'
-import { SERVER, SERVER_ARGUMENTS } from '../../bench/control.ts'
+import { asServer } from '../../bench/control.ts'
 import { picture } from '../../bench/picture.ts'
 import { figure, judge, markdownTable, median, percentile, textTable } from '../../bench/report.ts'
 import { CASES, type Row } from '../../bench/rows.ts'
@@ -28,18 +28,19 @@ test('--list names every case and every row with its target', () => {
   expect(new Set(ids).size).toBe(ids.length)
 })
 
-test('npm start and the image give Node the same, and so are bare servers and peers measured', () => {
+test('npm start, the image and the servers that are measured run Node alike', () => {
   const image = readFileSync('Dockerfile', 'utf8')
   const command: readonly string[] = JSON.parse(/^CMD (.*)$/m.exec(image)?.[1] ?? '')
   const tunables = /^ENV GLIBC_TUNABLES=(.*)$/m.exec(image)?.[1]
-  expect(command).toEqual(['node', ...SERVER_ARGUMENTS, 'src/main.ts'])
-  expect(SERVER).toMatchObject({
-    execArgv: SERVER_ARGUMENTS,
-    env: { GLIBC_TUNABLES: process.env['GLIBC_TUNABLES'] ?? tunables },
-  })
   expect(JSON.parse(readFileSync('package.json', 'utf8')).scripts.start).toBe(
     `node setup.mjs && GLIBC_TUNABLES=\${GLIBC_TUNABLES-${tunables}} exec ${command.join(' ')}`,
   )
+  expect(command).toMatchObject({ 0: 'node', [command.length - 1]: 'src/main.ts' })
+  expect(asServer({ core: 1, execArgv: ['--more'], env: { A: 'a' } })).toEqual({
+    core: 1,
+    execArgv: [...command.slice(1, -1), '--more'],
+    env: { GLIBC_TUNABLES: process.env['GLIBC_TUNABLES'] ?? tunables, A: 'a' },
+  })
 })
 
 test('a case that does not exist is named, and nothing is measured', () => {
