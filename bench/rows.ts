@@ -237,6 +237,7 @@ export const CASES: readonly Case[] = [
           ['Redis cache-aside', 'Redis cache-aside', '≥ 2 ×', 2],
           ['bentocache', 'bentocache behind a grpc-js edge', '≥ 1 ×', 1],
           ['cacheable', 'cacheable behind a grpc-js edge', '≥ 1 ×', 1],
+          ['an answer at once', 'a grpc-js edge that looks nowhere and answers at once', '', undefined],
         ] as const
       ).map(([kind, peer, target, limit]) => ({
         id: `zipf-${kind}`,
@@ -244,7 +245,7 @@ export const CASES: readonly Case[] = [
         unit: '/s',
         peer,
         target,
-        bound: least(limit),
+        bound: limit === undefined ? undefined : least(limit),
       })),
     ],
     load: () => import('./peers/zipf.ts'),
@@ -266,7 +267,7 @@ export const CASES: readonly Case[] = [
         id: 'callers-p99',
         work: 'the same at half of that rate: p99',
         unit: 'ms',
-        peer: '',
+        peer: BARE,
         target: '≤ 10 ms',
         bound: atMost(10),
       },

@@ -1,8 +1,9 @@
 /**
  * What gRPC itself costs: a grpc-js server without options whose handlers answer the same bytes every time, and whose
- * (de)serialisers pass bytes on as they are. A process of its own; `answer.ts` says what it answers to.
+ * (de)serialisers pass bytes on as they are. A process of its own; the end of this file says what it can be asked.
  */
 import { Server, ServerCredentials, type ServerWritableStream } from '@grpc/grpc-js'
+import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { answer } from '../control.ts'
 
 let reply = Buffer.alloc(0)
@@ -20,7 +21,10 @@ const method = (path: string, responseStream: boolean) => ({
 
 const server = new Server()
 server.addService(
-  { unary: method('/bare.Bare/Unary', false), stream: method('/bare.Bare/Stream', true) },
+  {
+    unary: method(`/${ItemCacheService.typeName}/GetItem`, false),
+    stream: method('/bare.Bare/Stream', true),
+  },
   {
     unary: (_call: unknown, callback: (error: null, bytes: Buffer) => void) => callback(null, reply),
     stream: (call: ServerWritableStream<Buffer, Buffer>) => {

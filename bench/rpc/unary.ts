@@ -2,6 +2,7 @@
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { ItemCacheService } from '../../src/gen/itemcache/v1/item_cache_pb.ts'
 import { type Asked, SERVER, start } from '../control.ts'
 import { median } from '../report.ts'
 import { runTool } from '../tools.ts'
@@ -68,7 +69,7 @@ export async function startBare(
     process: bare,
     target: {
       address,
-      path: '/bare.Bare/Unary',
+      path: `/${ItemCacheService.typeName}/GetItem`,
       request: new Uint8Array(10),
       answerBytes: answer.byteLength,
       cpuUs: bare.cpuUs,
