@@ -12,6 +12,7 @@ import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'
 import { create, type DescMethod, fromBinary, type MessageInitShape, toBinary } from '@bufbuild/protobuf'
 import { Client, credentials, Metadata } from '@grpc/grpc-js'
+import { Redis } from 'ioredis'
 import pg from 'pg'
 import { startPostgres } from '../src/embedded/postgres.ts'
 import { startRedis } from '../src/embedded/redis.ts'
@@ -68,6 +69,7 @@ export async function startBed(): Promise<Bed> {
   if ('unavailable' in redis) throw new Error(redis.unavailable)
   started.use(redis)
   directory.ends(redis.pid, 'SIGKILL')
+  await keepAll(redis.url)
   const running = started.move()
   const sql = async () => {
     const client = new pg.Client(postgres.url)
@@ -111,6 +113,13 @@ export async function startBed(): Promise<Bed> {
     instance,
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   }
+}
+
+/** Redis holds whatever is put there, and makes no copy of itself on disk meanwhile: by itself it evicts at 256 MB. */
+async function keepAll(url: string): Promise<void> {
+  const redis = new Redis({ path: url.replace(/^unix:/, '') })
+  await redis.config('SET', 'maxmemory', '0', 'save', '')
+  await redis.quit()
 }
 
 async function banner(child: ChildProcess): Promise<{ grpc: string; admin: string }> {

@@ -18,8 +18,6 @@ const KINDS: readonly Kind[] = [
   'an answer at once',
 ]
 const WRITES = 0.05
-/** A memory that was filled in the order of ids holds what came last, and V8 has yet to see what runs often. */
-const WARM_ROUNDS = 2
 
 interface Served {
   readonly name: string
@@ -31,7 +29,9 @@ interface Served {
 export async function run({ full, progress }: Run): Promise<readonly Measured[]> {
   const items = full ? 1_000_000 : 20_000
   const calls = full ? 100_000 : 10_000
-  const rounds = full ? 5 : 2
+  const rounds = full ? 3 : 2
+  // A memory that was filled in the order of ids holds what came last, and V8 has yet to see what runs often.
+  const warmRounds = full ? 1 : 2
   const memoryEntries = items / 10
   await using stack = new AsyncDisposableStack()
   progress(`writing ${items} items`)
@@ -67,7 +67,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
   const failures = new Map<string, number>()
   // Redis and PostgreSQL were busy being filled; breakers that opened meanwhile close again.
   await sleep(5000)
-  for (let round = 1 - WARM_ROUNDS; round <= rounds; round++) {
+  for (let round = 1 - warmRounds; round <= rounds; round++) {
     for (const { name, address, cpuUs, selects } of all) {
       const before = { us: await cpuUs(), selects: await selects() }
       const mix: Mix = {
@@ -78,7 +78,7 @@ export async function run({ full, progress }: Run): Promise<readonly Measured[]>
         writes: WRITES,
         connections: 8,
         concurrent: 64,
-        seed: round + WARM_ROUNDS,
+        seed: round + warmRounds,
       }
       const { failed, reads } = await load.ask<{ failed: number; reads: number }>('run', mix)
       if (round > 0) failures.set(name, (failures.get(name) ?? 0) + failed)
